@@ -1,0 +1,138 @@
+"""Symbolic dimensions: their names, and the size guards under which a program is valid.
+
+`torch.export` records what it assumed about sizes as guards on symbols. They are part of a program's signature: every
+call binds the symbols from the sizes of its inputs, then checks ranges and guards. Beyond them a traced graph may run
+and return wrong numbers, which is worse than an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from types import CodeType
+from typing import Any
+
+import sympy
+import torch
+from torch.utils._sympy.printers import PythonPrinter
+
+from .errors import InputError
+
+Size = int | torch.SymInt
+
+
+@dataclass(frozen=True)
+class Dim:
+    """A named dynamic dimension.
+
+    Attributes:
+        name: the user's name for it (``B``, ``S``).
+        symbol: the symbol that stands for it in shapes.
+        hint: its size in the example that was traced.
+        min, max: the sizes it may take, both included; ``max`` None means unbounded.
+    """
+
+    name: str
+    symbol: sympy.Symbol
+    hint: int
+    min: int = 1
+    max: int | None = None
+
+
+@dataclass(frozen=True)
+class Guard:
+    """A condition on symbols that tracing relied on."""
+
+    expr: sympy.Basic
+
+    @cached_property
+    def code(self) -> CodeType:
+        """The condition as Python code over symbol names."""
+        return compile(PythonPrinter().doprint(self.expr), "<guard>", "eval")
+
+    def holds(self, sizes: Mapping[sympy.Symbol, int]) -> bool:
+        """Whether the condition is true at these sizes (unknown symbols: assumed true)."""
+        if any(symbol not in sizes for symbol in self.expr.free_symbols):
+            return True
+        scope = {str(symbol): size for symbol, size in sizes.items()}
+        return bool(eval(self.code, {"math": __import__("math"), "max": max, "min": min}, scope))
+
+
+def size_expr(size: Size) -> sympy.Expr:
+    """The symbolic expression of a size (an Integer for a plain int)."""
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(int(size))
+
+
+class Dims:
+    """The named dimensions of a program and its guards."""
+
+    def __init__(self, dims: Mapping[str, Dim] | None = None, guards: tuple[Guard, ...] = ()) -> None:
+        self.by_name: dict[str, Dim] = dict(dims or {})
+        self.guards: tuple[Guard, ...] = guards
+
+    @property
+    def names(self) -> dict[sympy.Symbol, sympy.Symbol]:
+        """From each symbol to a symbol with the user's name, for printing."""
+        return {dim.symbol: sympy.Symbol(dim.name, integer=True) for dim in self.by_name.values()}
+
+    def format_expr(self, expr: sympy.Basic) -> str:
+        """An expression over symbols as Python text with the users' names."""
+        return PythonPrinter().doprint(expr.xreplace(self.names)) if expr.free_symbols else str(expr)
+
+    def format(self, size: Any) -> str:
+        """A size (int or SymInt) as text with the users' names."""
+        return self.format_expr(size.node.expr) if isinstance(size, (torch.SymInt, torch.SymBool)) else str(size)
+
+    def evaluate(self, size: Any, sizes: Mapping[str, int]) -> int:
+        """A size at given dimension sizes (by name); dimensions not given take their example's size."""
+        if not isinstance(size, torch.SymInt):
+            return int(size)
+        values = {dim.symbol: sizes.get(name, dim.hint) for name, dim in self.by_name.items()}
+        return int(size.node.expr.xreplace({s: sympy.Integer(v) for s, v in values.items()}))
+
+    def bind(self, name: str, declared: torch.Size | tuple[Size, ...], actual: torch.Size, sizes: dict[sympy.Symbol, int]) -> None:
+        """Bind the symbols of one input's declared shape to an actual shape, checking what is already bound.
+
+        Raises:
+            InputError: wrong rank, a static size differs, or one dimension gets two sizes.
+        """
+        wanted = "[" + ", ".join(self.format(d) for d in declared) + "]"
+        if len(declared) != len(actual):
+            raise InputError(f"input '{name}' has shape {list(actual)}", expected=f"rank {len(declared)}: {wanted}")
+        for axis, (want, got) in enumerate(zip(declared, actual, strict=True)):
+            expr = size_expr(want)
+            if isinstance(expr, sympy.Symbol) and expr not in sizes:
+                sizes[expr] = int(got)
+                continue
+            value = expr.xreplace({s: sympy.Integer(v) for s, v in sizes.items()})
+            if not value.free_symbols and int(value) != int(got):
+                raise InputError(
+                    f"input '{name}' has size {int(got)} in dimension {axis}",
+                    expected=f"{self.format(want)}" + (f" = {int(value)}" if expr.free_symbols else "") + f", of shape {wanted}",
+                    remedy="pass inputs of that size, or trace again with this dimension dynamic",
+                )
+
+    def check(self, sizes: Mapping[sympy.Symbol, int]) -> None:
+        """Check ranges and guards.
+
+        Raises:
+            InputError: a size is outside its range, or a guard excludes it.
+        """
+        for dim in self.by_name.values():
+            got = sizes.get(dim.symbol)
+            if got is None:
+                continue
+            if got < dim.min or (dim.max is not None and got > dim.max):
+                upper = "any" if dim.max is None else str(dim.max)
+                raise InputError(f"dimension {dim.name} is {got}", expected=f"from {dim.min} to {upper}")
+        for guard in self.guards:
+            if not guard.holds(sizes):
+                at = ", ".join(
+                    f"{dim.name}={sizes[dim.symbol]}" for dim in self.by_name.values() if dim.symbol in guard.expr.free_symbols
+                )
+                raise InputError(
+                    f"the sizes {at} are outside what tracing assumed",
+                    expected=self.format_expr(guard.expr),
+                    remedy="trace the model again with an example of such a size; the graph may differ there",
+                )

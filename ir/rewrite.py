@@ -1,0 +1,242 @@
+"""The rewriter: the only way to create, replace or erase nodes.
+
+It infers ``meta["val"]``, copies the origin, stamps the pass that made a node, and counts mutations, so that
+'modified' is measured, not claimed.
+"""
+
+from __future__ import annotations
+
+import builtins
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx
+
+from .errors import GraphlatheError, UnsupportedOpError, VerifyError
+from .program import MADE_BY, ORIGIN, Entry, Program
+from .weights import Weight
+
+Target = Callable[..., Any]
+
+
+class Rewriter:
+    """Creates, replaces and erases nodes of one graph of a program.
+
+    Args:
+        program: the program to change, in place.
+        made_by: the pass's name, stamped on new nodes.
+        entry: the entry (or nested graph) to work on.
+
+    Attributes:
+        mutations: how many changes were made.
+    """
+
+    def __init__(self, program: Program, made_by: str, entry: str = "main") -> None:
+        self.program = program
+        self.made_by = made_by
+        self.entry_name = entry
+        self.graph: fx.Graph = program.graphs[entry]
+        self.mutations = 0
+        self._weights: dict[str, fx.Node] | None = None
+
+    @property
+    def entry(self) -> Entry:
+        """The entry under rewriting (only for entries, not for nested graphs)."""
+        return self.program.entries[self.entry_name]
+
+    @contextmanager
+    def before(self, node: fx.Node) -> Iterator[None]:
+        """New nodes go before ``node``."""
+        with self.graph.inserting_before(node):
+            yield
+
+    @contextmanager
+    def after(self, node: fx.Node) -> Iterator[None]:
+        """New nodes go after ``node``."""
+        with self.graph.inserting_after(node):
+            yield
+
+    def call(self, target: Target, *args: Any, like: fx.Node | None = None, **kwargs: Any) -> fx.Node:
+        """Create an operator node at the insertion point, and infer its value.
+
+        Args:
+            target: the operator (an ``OpOverload``, or a Python function on symbolic sizes).
+            args, kwargs: its arguments; nodes stand for values.
+            like: the node whose origin the new one takes.
+
+        Raises:
+            VerifyError: the operator refuses arguments of these shapes and dtypes.
+        """
+        node = self.graph.call_function(target, args, kwargs)
+        node.meta["val"] = infer(self.program, node)
+        node.meta[MADE_BY] = self.made_by
+        source = like or next((a for a in node.all_input_nodes if a.meta.get(ORIGIN)), None)
+        if source is not None and source.meta.get(ORIGIN):
+            node.meta[ORIGIN] = source.meta[ORIGIN]
+        self.mutations += 1
+        return node
+
+    def weight(self, name: str, weight: Weight | None = None) -> fx.Node:
+        """The node of the weight ``name``; with ``weight``, the program's weight of that name is set first.
+
+        A new node goes to the top of the graph, so that it may be used anywhere.
+        """
+        if self._weights is None:
+            self._weights = {str(n.target): n for n in self.graph.find_nodes(op="get_attr")}
+        if weight is not None:
+            if self.program.weights.get(name) is not weight:
+                self.program.weights[name] = weight
+                self.mutations += 1
+        elif name not in self.program.weights:
+            raise VerifyError(f"no weight '{name}' in the program", pass_name=self.made_by)
+        node = self._weights.get(name)
+        if node is None:
+            anchor = next((n for n in self.graph.nodes if n.op != "placeholder"))
+            with self.graph.inserting_before(anchor):
+                node = self.graph.create_node("get_attr", name)
+            node.meta[ORIGIN] = name.rpartition(".")[0]
+            node.meta[MADE_BY] = self.made_by
+            self._weights[name] = node
+            self.mutations += 1
+        if weight is not None or "val" not in node.meta:
+            node.meta["val"] = fake_weight(self.program, self.program.weights[name])
+        return node
+
+    def fresh_weight_name(self, base: str) -> str:
+        """A weight name that is not taken: ``base``, or ``base_2``, ``base_3``..."""
+        name, count = base, 1
+        while name in self.program.weights:
+            count += 1
+            name = f"{base}_{count}"
+        return name
+
+    def replace(self, node: fx.Node, new: fx.Node, *, erase: bool = True) -> None:
+        """Let every user of ``node`` use ``new`` instead, and erase ``node`` if nothing needs it any more.
+
+        Raises:
+            VerifyError: the two values differ in dtype or rank.
+        """
+        check_same_type(node, new, self.made_by)
+        if not new.meta.get(ORIGIN) and node.meta.get(ORIGIN):
+            new.meta[ORIGIN] = node.meta[ORIGIN]
+        users = [u for u in node.users if u is not new]
+        for user in users:
+            user.replace_input_with(node, new)
+        self.mutations += 1
+        if erase and not node.users:
+            self.erase(node)
+
+    def replace_in(self, user: fx.Node, old: fx.Node, new: fx.Node) -> None:
+        """Let one user read ``new`` where it read ``old``."""
+        check_same_type(old, new, self.made_by)
+        user.replace_input_with(old, new)
+        self.mutations += 1
+
+    def set_args(self, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> None:
+        """Give a node other arguments and infer its value again."""
+        node.args = tuple(args)
+        if kwargs is not None:
+            node.kwargs = kwargs
+        node.meta["val"] = infer(self.program, node)
+        self.mutations += 1
+
+    def erase(self, node: fx.Node) -> None:
+        """Erase a node that nothing uses.
+
+        Raises:
+            VerifyError: something uses it.
+        """
+        if node.users:
+            user = next(iter(node.users))
+            raise VerifyError(
+                f"cannot erase a value that %{user.name} uses", pass_name=self.made_by, node=node.name, origin=node.meta.get(ORIGIN)
+            )
+        self.graph.erase_node(node)
+        if self._weights is not None and node.op == "get_attr":
+            self._weights.pop(str(node.target), None)
+        self.mutations += 1
+
+    def erase_dead(self) -> int:
+        """Erase every node that no output needs, in one backward walk; returns how many."""
+        erased = 0
+        for node in reversed(list(self.graph.nodes)):
+            if not node.users and node.op not in ("placeholder", "output") and not has_effect(node):
+                self.erase(node)
+                erased += 1
+        return erased
+
+
+def has_effect(node: fx.Node) -> bool:
+    """Whether a node must be kept although nothing reads it (an assertion on data, a mutation)."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.is_mutable or target.namespace == "aten" and target._opname in ("_assert_async", "_assert_scalar")
+    return False
+
+
+def fake_weight(program: Program, weight: Weight) -> torch.Tensor:
+    """A fake tensor of a weight's shape and dtype."""
+    with program.fake_mode:
+        return torch.empty(weight.shape, dtype=weight.dtype)
+
+
+def infer(program: Program, node: fx.Node) -> Any:
+    """Infer a node's value (fake tensors, symbolic numbers) from its arguments' values.
+
+    Raises:
+        VerifyError: the operator refuses them.
+        UnsupportedOpError: the operator has no shape inference.
+    """
+    args = fx.node.map_arg(node.args, _value_of)
+    kwargs = fx.node.map_arg(node.kwargs, _value_of)
+    try:
+        with program.fake_mode, torch.no_grad():
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+    except GraphlatheError:
+        raise
+    except NotImplementedError as error:
+        raise UnsupportedOpError(
+            f"{node.target} has no shape inference: {error}", node=node.name, origin=node.meta.get(ORIGIN)
+        ) from error
+    except Exception as error:
+        raise VerifyError(
+            f"{node.target} refuses its arguments: {error}", node=node.name, origin=node.meta.get(ORIGIN)
+        ) from error
+
+
+def _value_of(node: fx.Node) -> Any:
+    if "val" not in node.meta:
+        raise VerifyError("a value without shape is used", node=node.name, origin=node.meta.get(ORIGIN))
+    return node.meta["val"]
+
+
+def check_same_type(old: fx.Node, new: fx.Node, pass_name: str) -> None:
+    """Check that one value may stand for another: same dtype, rank, and sizes where both are plain numbers."""
+    a, b = old.meta.get("val"), new.meta.get("val")
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+        return
+    sizes_differ = any(isinstance(x, int) and isinstance(y, int) and x != y for x, y in builtins.zip(a.shape, b.shape, strict=False))
+    if a.dtype != b.dtype or a.dim() != b.dim() or sizes_differ:
+        raise VerifyError(
+            f"%{new.name} ({b.dtype} {list(b.shape)}) cannot stand for it",
+            pass_name=pass_name,
+            node=old.name,
+            origin=old.meta.get(ORIGIN),
+            expected=f"{a.dtype} {list(a.shape)}",
+        )
+
+
+def is_op(node: Any, *targets: Any) -> bool:
+    """Whether ``node`` calls one of the given operators (an overload, or all overloads of a packet)."""
+    if not isinstance(node, fx.Node) or node.op != "call_function":
+        return False
+    return any(
+        node.target is t or (isinstance(t, torch._ops.OpOverloadPacket) and getattr(node.target, "overloadpacket", None) is t)
+        for t in targets
+    )
+
+
+__all__ = ["Rewriter", "check_same_type", "fake_weight", "has_effect", "infer", "is_op", "operator"]

@@ -1,0 +1,328 @@
+"""Lazy weights: an immutable expression over a source, materialised only when its numbers are needed.
+
+A weight is ``source + steps``: a tensor in memory, a byte range of a file (read by memory map), or nothing at all (meta: shape
+and dtype only), followed by slices, selections, permutations, reshapes, casts and scalings. Weights are values: a
+pass that cuts a weight makes a new expression over the same source, so that programs share storage until the numbers
+really differ, and a model larger than memory can be cut and exported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from .errors import GraphlatheError, ImportModelError
+
+# Content hashes of file-backed weights above this size are taken from evenly spaced samples: a fingerprint of an
+# 8B-parameter model must not read 16 GB.
+_SAMPLED_ABOVE_BYTES = 64 << 20
+_SAMPLES = 64
+_SAMPLE_BYTES = 64 << 10
+
+
+class Source(Protocol):
+    """Where a weight's numbers come from."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    def load(self) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True, eq=False)
+class TensorSource:
+    """A tensor in memory, shared with whoever made it (never copied)."""
+
+    tensor: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    def load(self) -> torch.Tensor:
+        return self.tensor
+
+
+@dataclass(frozen=True, eq=False)
+class FileSource:
+    """A contiguous little-endian row-major array inside a file (safetensors, GGUF, ONNX external data).
+
+    Args:
+        path: the file.
+        offset: bytes from the start of the file to the first element.
+        shape: the array's shape.
+        dtype: the array's element type.
+    """
+
+    path: Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def load(self) -> torch.Tensor:
+        """Map the range; pages are read when touched, and stay clean (the kernel can drop them)."""
+        nbytes = int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        if nbytes == 0:
+            return torch.empty(self.shape, dtype=self.dtype)
+        try:
+            # Copy-on-write: PyTorch has no read-only tensors, and a stray in-place write must not reach the file.
+            raw = np.memmap(self.path, dtype=np.uint8, mode="c", offset=self.offset, shape=(nbytes,))
+        except (OSError, ValueError) as error:
+            raise ImportModelError(
+                f"cannot read {nbytes} bytes at offset {self.offset} of '{self.path}': {error}",
+                remedy="check that the file is complete and readable",
+            ) from error
+        flat = torch.from_numpy(raw)
+        if self.offset % self.dtype.itemsize:
+            flat = flat.clone()  # `view` needs alignment; safetensors aligns, other writers may not
+        return flat.view(self.dtype).reshape(self.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class MetaSource:
+    """Shape and dtype without numbers: enough for structure, cost and cutting."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def load(self) -> torch.Tensor:
+        raise GraphlatheError(
+            f"a weight of shape {list(self.shape)} has no numbers: the model was traced on the meta device",
+            remedy="load the checkpoint itself to run, calibrate or export it",
+        )
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Elements ``start:stop:step`` of one dimension."""
+
+    dim: int
+    start: int
+    stop: int
+    step: int = 1
+
+
+@dataclass(frozen=True)
+class Select:
+    """Chosen elements of one dimension, in the order given."""
+
+    dim: int
+    index: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Permute:
+    """Dimensions in a new order."""
+
+    dims: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Reshape:
+    """The same elements in another shape."""
+
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Cast:
+    """Another element type."""
+
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Every element times a number."""
+
+    factor: float
+
+
+Step = Slice | Select | Permute | Reshape | Cast | Scale
+
+
+def _apply(step: Step, value: torch.Tensor) -> torch.Tensor:
+    match step:
+        case Slice(dim, start, stop, stride):
+            return value[(slice(None),) * dim + (slice(start, stop, stride),)]
+        case Select(dim, index):
+            return value.index_select(dim, torch.tensor(index, dtype=torch.int64, device=value.device))
+        case Permute(dims):
+            return value.permute(dims)
+        case Reshape(shape):
+            return value.reshape(shape)
+        case Cast(dtype):
+            return value.to(dtype)
+        case Scale(factor):
+            return value * factor
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """One named weight of a program: an immutable expression ``source, then steps``.
+
+    Equality is identity; use `digest` to compare contents. ``shape`` and ``dtype`` are known without reading.
+    """
+
+    source: Source
+    steps: tuple[Step, ...] = ()
+
+    @classmethod
+    def from_tensor(cls, tensor: torch.Tensor) -> Weight:
+        """Wrap a tensor, sharing its storage; a meta tensor becomes a weight without numbers."""
+        tensor = tensor.detach()
+        if tensor.device.type == "meta" or _is_fake(tensor):
+            return cls(MetaSource(tuple(tensor.shape), tensor.dtype))
+        return cls(TensorSource(tensor))
+
+    @classmethod
+    def from_file(cls, path: Path, offset: int, shape: Sequence[int], dtype: torch.dtype) -> Weight:
+        """A weight that lies at ``offset`` bytes of a file."""
+        return cls(FileSource(path, offset, tuple(shape), dtype))
+
+    @cached_property
+    def _signature(self) -> tuple[tuple[int, ...], torch.dtype]:
+        if not self.steps:
+            return tuple(self.source.shape), self.source.dtype
+        value = torch.empty(self.source.shape, dtype=self.source.dtype, device="meta")
+        for step in self.steps:
+            value = _apply(step, value)
+        return tuple(value.shape), value.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape after all steps."""
+        return self._signature[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The element type after all steps."""
+        return self._signature[1]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes when materialised."""
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def is_meta(self) -> bool:
+        """Whether there are no numbers behind this weight."""
+        return isinstance(self.source, MetaSource)
+
+    def tensor(self) -> torch.Tensor:
+        """Materialise: a view of the source where the steps allow it, else a new tensor. Never cached.
+
+        Raises:
+            GraphlatheError: the weight is meta.
+            ImportModelError: its file cannot be read.
+        """
+        value = self.source.load()
+        for step in self.steps:
+            value = _apply(step, value)
+        return value
+
+    def then(self, step: Step) -> Weight:
+        """The same source with one more step."""
+        return Weight(self.source, (*self.steps, step))
+
+    def slice(self, dim: int, start: int, stop: int, step: int = 1) -> Weight:
+        """Elements ``start:stop:step`` of dimension ``dim``."""
+        return self.then(Slice(dim, start, stop, step))
+
+    def select(self, dim: int, index: Sequence[int]) -> Weight:
+        """The elements ``index`` of dimension ``dim``, in that order."""
+        return self.then(Select(dim, tuple(int(i) for i in index)))
+
+    def permute(self, dims: Sequence[int]) -> Weight:
+        """Dimensions in a new order."""
+        return self.then(Permute(tuple(dims)))
+
+    def reshape(self, shape: Sequence[int]) -> Weight:
+        """The same elements in another shape."""
+        return self.then(Reshape(tuple(shape)))
+
+    def cast(self, dtype: torch.dtype) -> Weight:
+        """Another element type (the same weight when it already has it)."""
+        return self if dtype == self.dtype else self.then(Cast(dtype))
+
+    def scale(self, factor: float) -> Weight:
+        """Every element times ``factor``."""
+        return self.then(Scale(factor))
+
+    def shares_storage(self, other: Weight) -> bool:
+        """Whether both are expressions over the same numbers, so that both together cost one copy of them."""
+        a, b = self.source, other.source
+        if isinstance(a, TensorSource) and isinstance(b, TensorSource):
+            return a.tensor.untyped_storage().data_ptr() == b.tensor.untyped_storage().data_ptr()
+        if isinstance(a, FileSource) and isinstance(b, FileSource):
+            return (a.path, a.offset) == (b.path, b.offset)
+        return a is b
+
+    def chunks(self, limit: int = 16 << 20) -> Iterator[memoryview]:
+        """The row-major bytes in pieces of at most ``limit`` bytes, for writing without a second copy in memory.
+
+        An unmodified file-backed weight is read with ordinary reads, so that its pages do not count as the process's.
+        """
+        if isinstance(self.source, FileSource) and not self.steps:
+            yield from self._file_chunks(self.source, limit)
+            return
+        flat = self.tensor().contiguous().reshape(-1).view(torch.uint8) if self.numel else torch.empty(0, dtype=torch.uint8)
+        data = flat.cpu().numpy()
+        for start in range(0, len(data), limit):
+            yield memoryview(data[start : start + limit])
+
+    def _file_chunks(self, source: FileSource, limit: int) -> Iterator[memoryview]:
+        left = self.nbytes
+        with open(source.path, "rb") as file:
+            file.seek(source.offset)
+            while left:
+                piece = file.read(min(limit, left))
+                if not piece:
+                    raise ImportModelError(
+                        f"'{source.path}' ends {left} bytes early", remedy="download or copy the file again"
+                    )
+                left -= len(piece)
+                yield memoryview(piece)
+
+    def digest(self) -> str:
+        """Eight hex digits of a content hash (sampled for file-backed weights above 64 MiB), computed once."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
+        state = hashlib.blake2b(digest_size=4)
+        state.update(f"{self.dtype} {list(self.shape)}".encode())
+        if self.is_meta:
+            return state.hexdigest()
+        if isinstance(self.source, FileSource) and not self.steps and self.nbytes > _SAMPLED_ABOVE_BYTES:
+            with open(self.source.path, "rb") as file:
+                for i in range(_SAMPLES):
+                    file.seek(self.source.offset + i * (self.nbytes - _SAMPLE_BYTES) // (_SAMPLES - 1))
+                    state.update(file.read(_SAMPLE_BYTES))
+        else:
+            for piece in self.chunks():
+                state.update(piece)
+        return state.hexdigest()
+
+
+def _is_fake(tensor: torch.Tensor) -> bool:
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(tensor, FakeTensor)

@@ -1,0 +1,222 @@
+"""What a pass is: a frozen dataclass with an effect, typed options, and three steps: check, run, ensure."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self, get_args, get_origin, get_type_hints
+
+from ..ir.errors import PipelineError, suggest
+from ..ir.program import Program
+
+Batch = Mapping[str, Any]
+
+
+class Effect(enum.Enum):
+    """What a pass promises about the outputs."""
+
+    ANALYSIS = "analysis"
+    """The graph is unchanged."""
+    EXACT = "exact"
+    """Same outputs for every input, up to float reassociation."""
+    EXTENDS = "extends"
+    """Old inputs and outputs behave exactly as before; new ones are added."""
+    REFORMS = "reforms"
+    """The interface changes; equal through the pass's own adapter."""
+    APPROXIMATE = "approximate"
+    """Outputs drift; the drift is measured and reported."""
+
+
+class Prop(enum.Enum):
+    """What a pass may need, and what it may break."""
+
+    CANONICAL = "canonical"
+    """`canonicalize` has run since the last change."""
+    SITES = "sites"
+    """The program has a structure (residual streams and their blocks) that can be found."""
+    CALIBRATION = "calibration"
+    """The caller gave calibration data."""
+
+
+def option(
+    default: Any,
+    *,
+    help: str,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+    choices: Sequence[str] | None = None,
+) -> Any:
+    """Declare a pass option: its default, range or choices, and the text that documents it.
+
+    Args:
+        default: the default value; a tuple for lists, None for 'not given'.
+        help: one line for the catalogue, the command line and the docs.
+        ge, gt, le, lt: numeric bounds.
+        choices: the allowed strings.
+    """
+    bounds = {key: value for key, value in {"ge": ge, "gt": gt, "le": le, "lt": lt}.items() if value is not None}
+    metadata = {"help": help, "bounds": bounds, "choices": tuple(choices) if choices else None}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class Stats:
+    """What one run of a pass did, besides what the manager measures.
+
+    Attributes:
+        hits: how many places were rewritten.
+        attempts: how many places were considered.
+        misses: reasons why places were not rewritten, with counts.
+        plan: what was decided, as JSON-serialisable data (for passes that choose).
+        notes: lines for the report.
+    """
+
+    hits: int = 0
+    attempts: int = 0
+    misses: dict[str, int] = field(default_factory=dict)
+    plan: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def miss(self, reason: str) -> None:
+        """Count one place that was not rewritten."""
+        self.misses[reason] = self.misses.get(reason, 0) + 1
+
+
+@dataclass
+class Context:
+    """What a pass may use besides the program.
+
+    Attributes:
+        calibration: batches of named inputs; may be iterated more than once.
+        progress: called as ``progress(iterable, total, label)`` around slow loops; shows a bar where wanted.
+        cache: analyses of the current program (dropped whenever the graph changes).
+    """
+
+    calibration: Sequence[Batch] | None = None
+    progress: Callable[[Iterable[Any], int | None, str], Iterable[Any]] = lambda items, total, label: items
+    cache: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A program in which the right answer is planted, and the check that a pass found it."""
+
+    program: Program
+    calibration: Sequence[Batch]
+    found: Callable[[Program, Stats], bool]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """Base of all passes. Subclasses are frozen dataclasses; their fields are their options.
+
+    A pass is stateless and hashable. `check` raises `PreconditionError` when the pass makes no sense for the program,
+    `run` changes the program through a `Rewriter`, `ensure` checks the pass's own law.
+
+    Raises:
+        PipelineError: an option is out of range or of the wrong type.
+    """
+
+    name: ClassVar[str] = ""
+    effect: ClassVar[Effect] = Effect.ANALYSIS
+    needs: ClassVar[frozenset[Prop]] = frozenset()
+    breaks: ClassVar[frozenset[Prop]] = frozenset({Prop.CANONICAL})
+    paper: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for spec in options_of(type(self)):
+            object.__setattr__(self, spec.name, _validated(self.name, spec, hints[spec.name], getattr(self, spec.name)))
+
+    def check(self, program: Program, ctx: Context) -> None:
+        """Raise `PreconditionError` if the pass makes no sense for this program."""
+
+    def run(self, program: Program, ctx: Context) -> Stats:
+        """Change the program in place and say what was done."""
+        raise NotImplementedError
+
+    def ensure(self, before: Program, program: Program, stats: Stats) -> None:
+        """Raise `PostconditionError` if the pass broke its own law."""
+
+    @classmethod
+    def neutral(cls) -> Self | None:
+        """The settings at which the pass must equal the baseline exactly; None if every setting does."""
+        return None
+
+    @classmethod
+    def planted(cls) -> Case | None:
+        """A case in which the right answer is known and must be found; None for passes that choose nothing."""
+        return None
+
+    def to_text(self) -> str:
+        """Canonical text: the name, and the options that differ from their defaults, in the order of declaration."""
+        given = [
+            f"{spec.name}={_format(getattr(self, spec.name))}" for spec in options_of(type(self)) if getattr(self, spec.name) != spec.default
+        ]
+        return self.name + ("{" + " ".join(given) + "}" if given else "")
+
+    def __str__(self) -> str:
+        return self.to_text()
+
+
+def options_of(cls: type[Pass]) -> list[dataclasses.Field[Any]]:
+    """The options of a pass class, in order of declaration."""
+    return [f for f in dataclasses.fields(cls) if "help" in f.metadata]
+
+
+def option_type(cls: type[Pass], name: str) -> Any:
+    """The annotated type of an option (``int``, ``float``, ``str``, ``bool``, ``tuple[int, ...]``, ``int | None``)."""
+    return get_type_hints(cls)[name]
+
+
+def _format(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return ",".join(_format(v) for v in value)
+    return repr(value) if isinstance(value, float) else str(value)
+
+
+def _validated(owner: str, spec: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
+    where = f"option '{spec.name}' of '{owner}'"
+    if value is None:
+        if type(None) in get_args(hint) or spec.default is None:
+            return value
+        raise PipelineError(f"{where} is missing")
+    kinds = [a for a in get_args(hint) if a is not type(None)] if get_origin(hint) is not tuple else [hint]
+    kind = kinds[0] if kinds else hint
+    value = _coerced(where, kind, value)
+    for single in value if isinstance(value, tuple) else (value,):
+        _check_bounds(where, spec, single)
+    return value
+
+
+def _coerced(where: str, kind: Any, value: Any) -> Any:
+    if get_origin(kind) is tuple:
+        items = value if isinstance(value, (tuple, list, range)) else (value,)
+        return tuple(_coerced(where, get_args(kind)[0], item) for item in items)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise PipelineError(f"{where} is {value!r}", expected=f"{kind.__name__}")
+    return value
+
+
+def _check_bounds(where: str, spec: dataclasses.Field[Any], value: Any) -> None:
+    choices = spec.metadata["choices"]
+    if choices and value not in choices:
+        raise PipelineError(f"{where} is {value!r}{suggest(str(value), choices)}", expected=f"one of: {', '.join(choices)}")
+    tests: dict[str, Callable[[Any, Any], bool]] = {
+        "ge": lambda a, b: a >= b,
+        "gt": lambda a, b: a > b,
+        "le": lambda a, b: a <= b,
+        "lt": lambda a, b: a < b,
+    }
+    words = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+    bounds = spec.metadata["bounds"]
+    if any(not tests[key](value, limit) for key, limit in bounds.items()):
+        raise PipelineError(f"{where} is {value}", expected=" and ".join(f"{words[k]} {v}" for k, v in bounds.items()))
