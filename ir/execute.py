@@ -7,7 +7,7 @@ the node and its origin.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -19,12 +19,17 @@ from .weights import Weight
 Observer = Callable[[fx.Node, Any], None]
 
 
-def last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """For each node, the values whose last user it is."""
+def last_uses(
+    graph: fx.Graph, wanted: Collection[fx.Node] | None = None, alias: Mapping[fx.Node, fx.Node] | None = None
+) -> dict[fx.Node, list[fx.Node]]:
+    """For each node, the values whose last user it is (among the ``wanted`` nodes, reading through ``alias``)."""
     seen: set[fx.Node] = set()
     dead_after: dict[fx.Node, list[fx.Node]] = {}
     for node in reversed(graph.nodes):
-        for operand in node.all_input_nodes:
+        if wanted is not None and node not in wanted:
+            continue
+        operands = [alias[node]] if alias and node in alias else node.all_input_nodes
+        for operand in operands:
             if operand not in seen:
                 seen.add(operand)
                 dead_after.setdefault(node, []).append(operand)
@@ -42,6 +47,23 @@ def subgraph_module(name: str, subgraphs: Mapping[str, fx.Graph], weights: Mappi
     return fx.GraphModule(root, graph, class_name=name)
 
 
+def needed(graph: fx.Graph, given: Collection[fx.Node] = (), alias: Mapping[fx.Node, fx.Node] | None = None) -> set[fx.Node]:
+    """The nodes that the outputs need, when ``given`` values are known and ``alias`` ones are read elsewhere."""
+    alias = alias or {}
+    wanted: set[fx.Node] = set()
+    stack = [next(iter(graph.find_nodes(op="output")))]
+    while stack:
+        node = stack.pop()
+        if node in wanted:
+            continue
+        wanted.add(node)
+        if node in alias:
+            stack.append(alias[node])
+        elif node not in given:
+            stack.extend(node.all_input_nodes)
+    return wanted
+
+
 def run_graph(
     graph: fx.Graph,
     feeds: Mapping[str, Any],
@@ -49,10 +71,13 @@ def run_graph(
     subgraphs: Mapping[str, fx.Graph] | None = None,
     *,
     observe: Observer | None = None,
-    until: fx.Node | None = None,
-    materialised: Mapping[str, torch.Tensor] | None = None,
+    given: Mapping[fx.Node, Any] | None = None,
+    alias: Mapping[fx.Node, fx.Node] | None = None,
 ) -> tuple[Any, ...]:
     """Run a graph.
+
+    With ``given`` and ``alias`` a change can be tried without rewriting: only what the outputs still need is run, so
+    that trying a change late in the graph does not repeat what comes before it.
 
     Args:
         graph: functional operators; weights are ``get_attr`` nodes named by weight.
@@ -60,8 +85,8 @@ def run_graph(
         weights: the weights, materialised when reached.
         subgraphs: nested graphs by name.
         observe: called with every node and its value, before the value may be freed.
-        until: stop after this node and return ``(its value,)``.
-        materialised: tensors to take instead of materialising a weight again.
+        given: values that are known already; their nodes are not run.
+        alias: nodes that take another, earlier node's value instead of being run.
 
     Returns:
         The graph's outputs, in order.
@@ -69,19 +94,25 @@ def run_graph(
     Raises:
         GraphlatheError: an operator failed; the message names the node and where it came from.
     """
-    dead_after = last_uses(graph)
+    given, alias = given or {}, alias or {}
+    wanted = needed(graph, given, alias) if given or alias else None
+    dead_after = last_uses(graph, wanted, alias)
     env: dict[fx.Node, Any] = {}
     with torch.no_grad():
         for node in graph.nodes:
+            if wanted is not None and node not in wanted:
+                continue
             match node.op:
+                case _ if node in given:
+                    value = given[node]
+                case _ if node in alias:
+                    value = env[alias[node]]
                 case "placeholder":
                     value = feeds[str(node.target)]
                 case "get_attr":
                     name = str(node.target)
                     if subgraphs and name in subgraphs:
                         value = subgraph_module(name, subgraphs, weights)
-                    elif materialised and name in materialised:
-                        value = materialised[name]
                     else:
                         value = weights[name].tensor()
                 case "output":
@@ -99,11 +130,9 @@ def run_graph(
                         ) from error
             if observe is not None:
                 observe(node, value)
-            if node is until:
-                return (value,)
             env[node] = value
             for dead in dead_after.get(node, ()):
-                del env[dead]
-            if not node.users and node.op != "placeholder":
-                env.pop(node, None)
+                env.pop(dead, None)
+            if not node.users:
+                del env[node]
     raise GraphlatheError("the graph has no output node")

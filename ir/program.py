@@ -276,8 +276,21 @@ class Program:
         target.dims.check(sizes)
         return {dim.name: sizes[dim.symbol] for dim in target.dims.by_name.values() if dim.symbol in sizes}
 
-    def run(self, feeds: Mapping[str, Any], *, entry: str = "main", observe: Observer | None = None) -> dict[str, Any]:
+    def run(
+        self,
+        feeds: Mapping[str, Any],
+        *,
+        entry: str = "main",
+        observe: Observer | None = None,
+        given: Mapping[fx.Node, Any] | None = None,
+        alias: Mapping[fx.Node, fx.Node] | None = None,
+    ) -> dict[str, Any]:
         """Run an entry on named inputs and return its named outputs.
+
+        Args:
+            feeds: a value for each input.
+            entry: which entry.
+            observe, given, alias: see `ir.execute.run_graph`.
 
         Raises:
             InputError: the inputs do not fit the signature.
@@ -285,7 +298,9 @@ class Program:
         target = self.entries[entry]
         self.check_feeds(feeds, entry)
         by_target = {str(p.target): feeds[n] for n, p in zip(target.inputs, target.placeholders, strict=True)}
-        values = run_graph(target.graph, by_target, self.weights, self.subgraphs, observe=observe)
+        values = run_graph(
+            target.graph, by_target, self.weights, self.subgraphs, observe=observe, given=given, alias=alias
+        )
         return dict(zip(target.outputs, values, strict=True))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

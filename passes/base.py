@@ -103,8 +103,16 @@ class Context:
 
 @dataclass(frozen=True)
 class Case:
-    """A program in which the right answer is planted, and the check that a pass found it."""
+    """A program in which the right answer is planted, and the check that a pass found it.
 
+    Attributes:
+        settings: the pass, with the options that must find it.
+        program: the program.
+        calibration: what the pass may look at.
+        found: whether the result of the run is the planted answer.
+    """
+
+    settings: Pass
     program: Program
     calibration: Sequence[Batch]
     found: Callable[[Program, Stats], bool]
