@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -169,6 +169,9 @@ class Program:
         self.tied: dict[str, str] = dict(tied or {})
         self.history: list[str] = list(history)
         self.metadata: dict[str, str] = dict(metadata or {})
+        # Every `Rewriter` of this program counts here and tells the listeners (pass name, kind of change, node).
+        self.mutations = 0
+        self.listeners: list[Callable[[str, str, fx.Node], None]] = []
 
     @property
     def main(self) -> Entry:

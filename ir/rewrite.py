@@ -42,6 +42,13 @@ class Rewriter:
         self.mutations = 0
         self._weights: dict[str, fx.Node] | None = None
 
+    def _mutated(self, kind: str, node: fx.Node) -> None:
+        """Count one change: ``create``, ``replace``, ``change`` (of arguments), ``erase`` or ``weight``."""
+        self.mutations += 1
+        self.program.mutations += 1
+        for listener in self.program.listeners:
+            listener(self.made_by, kind, node)
+
     @property
     def entry(self) -> Entry:
         """The entry under rewriting (only for entries, not for nested graphs)."""
@@ -76,7 +83,7 @@ class Rewriter:
         source = like or next((a for a in node.all_input_nodes if a.meta.get(ORIGIN)), None)
         if source is not None and source.meta.get(ORIGIN):
             node.meta[ORIGIN] = source.meta[ORIGIN]
-        self.mutations += 1
+        self._mutated("create", node)
         return node
 
     def weight(self, name: str, weight: Weight | None = None) -> fx.Node:
@@ -86,10 +93,9 @@ class Rewriter:
         """
         if self._weights is None:
             self._weights = {str(n.target): n for n in self.graph.find_nodes(op="get_attr")}
+        changed = weight is not None and self.program.weights.get(name) is not weight
         if weight is not None:
-            if self.program.weights.get(name) is not weight:
-                self.program.weights[name] = weight
-                self.mutations += 1
+            self.program.weights[name] = weight
         elif name not in self.program.weights:
             raise VerifyError(f"no weight '{name}' in the program", pass_name=self.made_by)
         node = self._weights.get(name)
@@ -100,7 +106,9 @@ class Rewriter:
             node.meta[ORIGIN] = name.rpartition(".")[0]
             node.meta[MADE_BY] = self.made_by
             self._weights[name] = node
-            self.mutations += 1
+            self._mutated("create", node)
+        if changed:
+            self._mutated("weight", node)
         if weight is not None or "val" not in node.meta:
             node.meta["val"] = fake_weight(self.program, self.program.weights[name])
         return node
@@ -125,7 +133,7 @@ class Rewriter:
         users = [u for u in node.users if u is not new]
         for user in users:
             user.replace_input_with(node, new)
-        self.mutations += 1
+        self._mutated("replace", node)
         if erase and not node.users:
             self.erase(node)
 
@@ -133,7 +141,7 @@ class Rewriter:
         """Let one user read ``new`` where it read ``old``."""
         check_same_type(old, new, self.made_by)
         user.replace_input_with(old, new)
-        self.mutations += 1
+        self._mutated("replace", user)
 
     def set_args(self, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> None:
         """Give a node other arguments and infer its value again."""
@@ -141,7 +149,7 @@ class Rewriter:
         if kwargs is not None:
             node.kwargs = kwargs
         node.meta["val"] = infer(self.program, node)
-        self.mutations += 1
+        self._mutated("change", node)
 
     def erase(self, node: fx.Node) -> None:
         """Erase a node that nothing uses.
@@ -157,7 +165,7 @@ class Rewriter:
         self.graph.erase_node(node)
         if self._weights is not None and node.op == "get_attr":
             self._weights.pop(str(node.target), None)
-        self.mutations += 1
+        self._mutated("erase", node)
 
     def erase_dead(self) -> int:
         """Erase every node that no output needs, in one backward walk; returns how many."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self, get_args, get_origin, get_type_hints
@@ -138,7 +140,7 @@ class Pass:
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for spec in options_of(type(self)):
-            object.__setattr__(self, spec.name, _validated(self.name, spec, hints[spec.name], getattr(self, spec.name)))
+            object.__setattr__(self, spec.name, validated(self.name, spec, hints[spec.name], getattr(self, spec.name)))
 
     def check(self, program: Program, ctx: Context) -> None:
         """Raise `PreconditionError` if the pass makes no sense for this program."""
@@ -149,6 +151,20 @@ class Pass:
 
     def ensure(self, before: Program, program: Program, stats: Stats) -> None:
         """Raise `PostconditionError` if the pass broke its own law."""
+
+    def call_as_before(self, before: Program, program: Program, feeds: Batch) -> dict[str, Any]:
+        """Run the changed program so that it answers a call of the program before; a `REFORMS` pass gives its adapter here.
+
+        Args:
+            before: the program before the pass.
+            program: the program after it.
+            feeds: named inputs of ``before``.
+
+        Returns:
+            The outputs of ``before``, by name.
+        """
+        outputs = program.run(program.feeds(**feeds))
+        return {name: outputs[name] for name in before.main.outputs}
 
     @classmethod
     def neutral(cls) -> Self | None:
@@ -181,22 +197,43 @@ def option_type(cls: type[Pass], name: str) -> Any:
     return get_type_hints(cls)[name]
 
 
+_PLAIN_ENDS = frozenset(' \t\n,{}()="')
+
+
 def _format(value: Any) -> str:
+    if value is None:
+        return "none"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):
         return ",".join(_format(v) for v in value)
-    return repr(value) if isinstance(value, float) else str(value)
+    if isinstance(value, str):
+        plain = value.isprintable() and value.isascii() and value not in ("", "none") and not _PLAIN_ENDS & set(value)
+        return value if plain else json.dumps(value)
+    return repr(value)
 
 
-def _validated(owner: str, spec: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
+def kinds_of(hint: Any) -> tuple[Any, bool]:
+    """The type of an option without ``| None``, and whether None is allowed."""
+    arguments = get_args(hint)
+    if get_origin(hint) is tuple or not arguments:
+        return hint, hint is type(None)
+    kinds = [a for a in arguments if a is not type(None)]
+    return kinds[0], type(None) in arguments
+
+
+def validated(owner: str, spec: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
+    """An option's value in its declared type.
+
+    Raises:
+        PipelineError: wrong type, out of range, or none of the choices.
+    """
     where = f"option '{spec.name}' of '{owner}'"
+    kind, optional = kinds_of(hint)
     if value is None:
-        if type(None) in get_args(hint) or spec.default is None:
+        if optional or spec.default is None:
             return value
         raise PipelineError(f"{where} is missing")
-    kinds = [a for a in get_args(hint) if a is not type(None)] if get_origin(hint) is not tuple else [hint]
-    kind = kinds[0] if kinds else hint
     value = _coerced(where, kind, value)
     for single in value if isinstance(value, tuple) else (value,):
         _check_bounds(where, spec, single)
@@ -211,6 +248,8 @@ def _coerced(where: str, kind: Any, value: Any) -> Any:
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise PipelineError(f"{where} is {value!r}", expected=f"{kind.__name__}")
+    if isinstance(value, float) and math.isnan(value):
+        raise PipelineError(f"{where} is not a number", expected="a number")
     return value
 
 
