@@ -100,7 +100,7 @@ class Rewriter:
             raise VerifyError(f"no weight '{name}' in the program", pass_name=self.made_by)
         node = self._weights.get(name)
         if node is None:
-            anchor = next((n for n in self.graph.nodes if n.op != "placeholder"))
+            anchor = next(n for n in self.graph.nodes if n.op != "placeholder")
             with self.graph.inserting_before(anchor):
                 node = self.graph.create_node("get_attr", name)
             node.meta[ORIGIN] = name.rpartition(".")[0]
