@@ -6,7 +6,6 @@ full trace would remove them, at twice the cost of the first. Here it is one wal
 
 from __future__ import annotations
 
-
 from typing import Any
 
 import torch
@@ -27,7 +26,11 @@ def needs_functionalization(module: fx.GraphModule) -> bool:
     for node in module.graph.nodes:
         if node.op == "call_function":
             target = node.target
-            if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable and not is_op(node, *_IDENTITIES):
+            if (
+                isinstance(target, torch._ops.OpOverload)
+                and target._schema.is_mutable
+                and not is_op(node, *_IDENTITIES)
+            ):
                 return True
             if str(target) == "wrap_with_autocast" and bool(node.args[2]):
                 return True
@@ -63,6 +66,3 @@ def _clean_cast(rewriter: Rewriter, node: fx.Node) -> None:
             cast = rewriter.call(aten._to_copy.default, source, dtype=after.dtype, like=node)
         cast.meta.pop("made_by", None)
         rewriter.replace(node, cast)
-
-
-

@@ -91,7 +91,9 @@ class Dims:
         values = {dim.symbol: sizes.get(name, dim.hint) for name, dim in self.by_name.items()}
         return int(size.node.expr.xreplace({s: sympy.Integer(v) for s, v in values.items()}))
 
-    def bind(self, name: str, declared: torch.Size | tuple[Size, ...], actual: torch.Size, sizes: dict[sympy.Symbol, int]) -> None:
+    def bind(
+        self, name: str, declared: torch.Size | tuple[Size, ...], actual: torch.Size, sizes: dict[sympy.Symbol, int]
+    ) -> None:
         """Bind the symbols of one input's declared shape to an actual shape, checking what is already bound.
 
         Raises:
@@ -109,7 +111,9 @@ class Dims:
             if not value.free_symbols and int(value) != int(got):
                 raise InputError(
                     f"input '{name}' has size {int(got)} in dimension {axis}",
-                    expected=f"{self.format(want)}" + (f" = {int(value)}" if expr.free_symbols else "") + f", of shape {wanted}",
+                    expected=f"{self.format(want)}"
+                    + (f" = {int(value)}" if expr.free_symbols else "")
+                    + f", of shape {wanted}",
                     remedy="pass inputs of that size, or trace again with this dimension dynamic",
                 )
 
@@ -129,7 +133,9 @@ class Dims:
         for guard in self.guards:
             if not guard.holds(sizes):
                 at = ", ".join(
-                    f"{dim.name}={sizes[dim.symbol]}" for dim in self.by_name.values() if dim.symbol in guard.expr.free_symbols
+                    f"{dim.name}={sizes[dim.symbol]}"
+                    for dim in self.by_name.values()
+                    if dim.symbol in guard.expr.free_symbols
                 )
                 raise InputError(
                     f"the sizes {at} are outside what tracing assumed",

@@ -43,11 +43,15 @@ def subgraph_module(name: str, subgraphs: Mapping[str, fx.Graph], weights: Mappi
     for node in graph.nodes:
         if node.op == "get_attr":
             target = str(node.target)
-            root[target] = subgraph_module(target, subgraphs, weights) if target in subgraphs else weights[target].tensor()
+            root[target] = (
+                subgraph_module(target, subgraphs, weights) if target in subgraphs else weights[target].tensor()
+            )
     return fx.GraphModule(root, graph, class_name=name)
 
 
-def needed(graph: fx.Graph, given: Collection[fx.Node] = (), alias: Mapping[fx.Node, fx.Node] | None = None) -> set[fx.Node]:
+def needed(
+    graph: fx.Graph, given: Collection[fx.Node] = (), alias: Mapping[fx.Node, fx.Node] | None = None
+) -> set[fx.Node]:
     """The nodes that the outputs need, when ``given`` values are known and ``alias`` ones are read elsewhere."""
     alias = alias or {}
     wanted: set[fx.Node] = set()

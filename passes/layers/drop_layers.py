@@ -77,10 +77,14 @@ class DropLayers(Pass):
             )
         for index in self.indices or ():
             if index >= len(units):
-                raise PreconditionError(f"there is no {self.granularity} {index}", pass_name=self.name, expected=f"0 to {len(units) - 1}")
+                raise PreconditionError(
+                    f"there is no {self.granularity} {index}", pass_name=self.name, expected=f"0 to {len(units) - 1}"
+                )
             if units[index].blocked:
                 raise PreconditionError(
-                    f"{units[index].label} cannot be dropped: {units[index].blocked}", pass_name=self.name, node=units[index].replaced.name
+                    f"{units[index].label} cannot be dropped: {units[index].blocked}",
+                    pass_name=self.name,
+                    node=units[index].replaced.name,
                 )
         if self.needs_data and not ctx.calibration:
             raise PreconditionError(
@@ -105,7 +109,9 @@ class DropLayers(Pass):
         stats.hits = len(chosen)
         stats.plan = self._plan(units, chosen, scores)
         if not chosen and self.indices != ():
-            stats.notes.append(f"nothing to remove: {len(units)} units of kind '{self.granularity}', ratio {self.ratio}")
+            stats.notes.append(
+                f"nothing to remove: {len(units)} units of kind '{self.granularity}', ratio {self.ratio}"
+            )
         return stats
 
     def _choose(self, program: Program, units: Sequence[Unit], ctx: Context) -> tuple[list[Unit], Scores]:
@@ -115,7 +121,8 @@ class DropLayers(Pass):
         wanted = round(self.ratio * len(units)) if self.ratio is not None else len(free)
         if wanted > len(free):
             raise PreconditionError(
-                f"ratio {self.ratio} of {len(units)} is {wanted}, but only {len(free)} can be dropped", pass_name=self.name
+                f"ratio {self.ratio} of {len(units)} is {wanted}, but only {len(free)} can be dropped",
+                pass_name=self.name,
             )
         scores: Scores = {}
         chosen: list[Unit] = []
@@ -155,7 +162,10 @@ class DropLayers(Pass):
 
     def ensure(self, before: Program, program: Program, stats: Stats) -> None:
         """The interface must be untouched, and fewer weights be read when anything was removed."""
-        old, new = [(s.name, s.dtype, str(s.shape)) for s in before.outputs], [(s.name, s.dtype, str(s.shape)) for s in program.outputs]
+        old, new = (
+            [(s.name, s.dtype, str(s.shape)) for s in before.outputs],
+            [(s.name, s.dtype, str(s.shape)) for s in program.outputs],
+        )
         if old != new:
             raise PostconditionError(f"the outputs changed from {old} to {new}", pass_name=self.name)
         if not program.used_weights() <= before.used_weights():

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from ...ir.program import Program
 from ..base import Batch, Context
 from ..fidelity import output_distance
-from ...ir.program import Program
 from .units import Unit, replacements
 
 Scores = dict[int, float]

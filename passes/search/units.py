@@ -78,7 +78,9 @@ def _type_difference(a: fx.Node, b: fx.Node) -> str:
     if not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor):
         return "not a tensor"
     same = x.dtype == y.dtype and x.dim() == y.dim()
-    if not same or any(isinstance(p, int) != isinstance(q, int) or str(p) != str(q) for p, q in zip(x.shape, y.shape, strict=True)):
+    if not same or any(
+        isinstance(p, int) != isinstance(q, int) or str(p) != str(q) for p, q in zip(x.shape, y.shape, strict=True)
+    ):
         return f"the stream changes from {list(y.shape)} to {list(x.shape)}"
     return ""
 
