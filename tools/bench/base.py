@@ -1,0 +1,200 @@
+"""The measuring instrument: suites, their rows and goals, and the record of a run.
+
+A suite is one file with one registered `Suite`. It checks that what it compares is correct before it times anything,
+times it in turn within one process (`measure.interleave`), and returns rows and goals. This file adds the machine,
+the commit and the versions, prints the tables and writes the JSON.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...ir.errors import GraphlatheError, suggest
+from ..files import write_atomically
+from .machine import commit, describe_machine, versions
+
+Row = dict[str, Any]
+
+MODULES: dict[str, str] = {
+    "compiler": ".compiler",
+}
+"""Suites by name; each module has a `SUITE`. Loaded when listed or run."""
+
+_registered: dict[str, Suite] = {}
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One measured value against its target.
+
+    Attributes:
+        name: what is measured, with its unit.
+        value: what was measured.
+        target: the bound, itself acceptable.
+        at_least: the value must be at least the target; otherwise at most.
+    """
+
+    name: str
+    value: float
+    target: float
+    at_least: bool = False
+
+    @property
+    def met(self) -> bool:
+        """Whether the value is on the right side of the target (a value that is not a number never is)."""
+        return self.value >= self.target if self.at_least else self.value <= self.target
+
+    @property
+    def margin(self) -> str:
+        """By how much it was met or missed, in words."""
+        if math.isnan(self.value):
+            return "not measured"
+        word = "met" if self.met else "missed"
+        if self.target == 0:
+            return f"{word} by {abs(self.value):.3g}"
+        return f"{word} by {abs(self.value - self.target) / abs(self.target):.0%}"
+
+    def to_json(self) -> Row:
+        """The goal as JSON data."""
+        return {**asdict(self), "met": self.met, "margin": self.margin}
+
+
+@dataclass
+class Result:
+    """What a suite measured.
+
+    Attributes:
+        rows: one dict per measurement; the keys are the table's columns. Keys that end in ``seconds`` or ``bytes``
+            are printed with units.
+        goals: the suite's goals at these measurements.
+        notes: what the reader must know (what was skipped, and why).
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    goals: list[Goal] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Run:
+    """How a suite is to be run.
+
+    Attributes:
+        quick: smaller sizes and fewer repeats.
+        say: called with a line about what is going on now.
+    """
+
+    quick: bool = False
+    say: Callable[[str], None] = lambda line: None
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A named benchmark.
+
+    Attributes:
+        name: as in ``graphlathe bench NAME``.
+        summary: one line.
+        goals: the goals in words, for ``bench --list``.
+        run: measures.
+    """
+
+    name: str
+    summary: str
+    goals: tuple[str, ...]
+    run: Callable[[Run], Result]
+
+
+@dataclass(frozen=True)
+class Record:
+    """A result with everything needed to judge it."""
+
+    suite: str
+    quick: bool
+    machine: Row
+    commit: str
+    versions: dict[str, str]
+    result: Result
+
+    @property
+    def missed(self) -> list[Goal]:
+        """The goals that were not reached."""
+        return [goal for goal in self.result.goals if not goal.met]
+
+    def to_json(self) -> Row:
+        """JSON data: suite, machine, commit, versions, rows, goals, notes."""
+        return {
+            "suite": self.suite,
+            "quick": self.quick,
+            "machine": self.machine,
+            "commit": self.commit,
+            "versions": self.versions,
+            "rows": self.result.rows,
+            "goals": [goal.to_json() for goal in self.result.goals],
+            "notes": self.result.notes,
+        }
+
+    def write(self, path: Path) -> None:
+        """Write the JSON; the file appears complete or not at all."""
+        write_atomically(
+            path, json.dumps(_finite(self.to_json()), indent=2, allow_nan=False) + "\n"
+        )
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity; a value that could not be measured is null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextmanager
+def registered(suite: Suite) -> Iterator[None]:
+    """Add a suite for the length of a ``with`` block (for tests and notebooks)."""
+    _registered[suite.name] = suite
+    try:
+        yield
+    finally:
+        del _registered[suite.name]
+
+
+def names() -> list[str]:
+    """All suite names, sorted."""
+    return sorted({*MODULES, *_registered})
+
+
+def get(name: str) -> Suite:
+    """The suite of that name.
+
+    Raises:
+        GraphlatheError: there is none.
+    """
+    if name in _registered:
+        return _registered[name]
+    if name not in MODULES:
+        raise GraphlatheError(
+            f"unknown suite '{name}'{suggest(name, names())}",
+            expected=f"one of: {', '.join(names())}",
+        )
+    suite: Suite = importlib.import_module(MODULES[name], __package__).SUITE
+    return suite
+
+
+def run_suite(suite: Suite, run: Run) -> Record:
+    """Run a suite and add the machine, the commit and the versions."""
+    machine = describe_machine()
+    return Record(suite.name, run.quick, machine, commit(), versions(), suite.run(run))
+
+
+def columns(rows: Iterable[Row]) -> list[str]:
+    """The union of the rows' keys, in order of first appearance."""
+    return list(dict.fromkeys(key for row in rows for key in row))
