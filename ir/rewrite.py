@@ -66,19 +66,20 @@ class Rewriter:
         with self.graph.inserting_after(node):
             yield
 
-    def call(self, target: Target, *args: Any, like: fx.Node | None = None, **kwargs: Any) -> fx.Node:
+    def call(self, target: Target, *args: Any, like: fx.Node | None = None, same_value: bool = False, **kwargs: Any) -> fx.Node:
         """Create an operator node at the insertion point, and infer its value.
 
         Args:
             target: the operator (an ``OpOverload``, or a Python function on symbolic sizes).
             args, kwargs: its arguments; nodes stand for values.
             like: the node whose origin the new one takes.
+            same_value: take over the value (shape, dtype) of ``like`` instead of inferring it.
 
         Raises:
             VerifyError: the operator refuses arguments of these shapes and dtypes.
         """
         node = self.graph.call_function(target, args, kwargs)
-        node.meta["val"] = infer(self.program, node)
+        node.meta["val"] = like.meta["val"] if same_value and like is not None else infer(self.program, node)
         node.meta[MADE_BY] = self.made_by
         source = like or next((a for a in node.all_input_nodes if a.meta.get(ORIGIN)), None)
         if source is not None and source.meta.get(ORIGIN):
