@@ -21,26 +21,6 @@ _IDENTITIES = (aten.alias, aten.detach, aten.detach_, aten.lift_fresh, aten.lift
 _CASTS = (aten.to, aten._to_copy, aten.type_as)
 
 
-def needs_functionalization(module: fx.GraphModule) -> bool:
-    """Whether a captured graph (or a nested one) writes in place, or enables autocast, and must be made functional."""
-    for node in module.graph.nodes:
-        if node.op == "call_function":
-            target = node.target
-            if (
-                isinstance(target, torch._ops.OpOverload)
-                and target._schema.is_mutable
-                and not is_op(node, *_IDENTITIES)
-            ):
-                return True
-            if str(target) == "wrap_with_autocast" and bool(node.args[2]):
-                return True
-        elif node.op == "get_attr":
-            inner = getattr(module, str(node.target), None)
-            if isinstance(inner, fx.GraphModule) and needs_functionalization(inner):
-                return True
-    return False
-
-
 def clean_capture(program: Program) -> None:
     """Remove from every graph what has no effect on its results; linear in the number of nodes."""
     for name in program.graphs:

@@ -59,6 +59,17 @@ def _nested(module: fx.GraphModule, subgraphs: dict[str, fx.Graph]) -> fx.Graph:
     return graph
 
 
+def enables_autocast(module: fx.GraphModule) -> bool:
+    """Whether a captured graph, or a nested one, holds a region with autocast switched on: its casts are implicit."""
+    for node in module.graph.nodes:
+        if node.op == "call_function" and str(node.target) == "wrap_with_autocast" and bool(node.args[2]):
+            return True
+        inner = getattr(module, str(node.target), None) if node.op == "get_attr" else None
+        if isinstance(inner, fx.GraphModule) and enables_autocast(inner):
+            return True
+    return False
+
+
 _MODES = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
 
 
@@ -67,7 +78,7 @@ def _is_mode(node: fx.Node) -> bool:
 
 
 def _mode_region(node: fx.Node, module: fx.GraphModule) -> tuple[fx.GraphModule, Sequence[Any]] | None:
-    """The body and operands of a region that only sets a mode; an enabled autocast was functionalised away before."""
+    """The body and operands of a region that only sets a mode; an enabled autocast was made explicit before."""
     if not _is_mode(node):
         return None
     position = next(i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr")

@@ -14,10 +14,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 
-from .clean import clean_capture, needs_functionalization
-from .copy_capture import copy_operators
+from .clean import clean_capture
+from .copy_capture import copy_operators, enables_autocast
 from .dims import Dim, Dims, Guard
 from .errors import ImportModelError
+from .functionalize import functionalize
 from .program import ORIGIN, Entry, Program, StatePair
 from .rewrite import fake_weight
 from .weights import Weight
@@ -48,11 +49,16 @@ def from_exported(exported: ExportedProgram, *, names: Mapping[tuple[str, int], 
     Raises:
         ImportModelError: it holds something that a program cannot.
     """
-    if needs_functionalization(exported.graph_module):
+    program = None if enables_autocast(exported.graph_module) else _Importer(exported, names or {}).program()
+    if program is None:
+        # PyTorch's own functionalization: a second trace, at twice the cost of the first.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             exported = exported.run_decompositions({})
-    return _Importer(exported, names or {}).program()
+        program = _Importer(exported, names or {}).program()
+    if program is None:
+        raise ImportModelError("the model writes in place in a way that cannot be made functional")
+    return program
 
 
 class _Importer:
@@ -69,7 +75,8 @@ class _Importer:
         self.initial: dict[str, str] = {}  # buffer that the model mutates -> name of the input that carries it
         self.fake_mode = _fake_mode_of(exported.graph)
 
-    def program(self) -> Program:
+    def program(self) -> Program | None:
+        """The program, or None if it writes in place where only a new trace can tell what it means."""
         signature = self.exported.graph_signature
         placeholders = {n.name: n for n in self.exported.graph.find_nodes(op="placeholder")}
         mutated = {s.target for s in signature.output_specs if s.kind is OutputKind.BUFFER_MUTATION}
@@ -117,6 +124,8 @@ class _Importer:
         for node in self.graph.find_nodes(op="get_attr"):
             if str(node.target) in self.weights:
                 node.meta["val"] = fake_weight(program, self.weights[str(node.target)])
+        if not functionalize(program):
+            return None
         clean_capture(program)
         entry.dims = read_dims(program, entry, self.names)
         used = program.used_weights()

@@ -1,0 +1,92 @@
+"""Replace in-place operators by functional ones where that is plain to see, so that no second trace is needed.
+
+``y = x.div_(z)`` becomes ``y = x.div(z)``, and later readers of ``x`` read ``y``. That is right if ``x`` owns its
+memory and nothing that may share it is read again; a graph with any other mutation (of a view, of an input) is made
+functional by PyTorch, which traces it once more.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+from .program import Program
+from .rewrite import Rewriter
+
+aten = torch.ops.aten
+
+
+def functionalize(program: Program) -> bool:
+    """Remove every in-place operator of a program, or leave the program as it is.
+
+    Returns:
+        Whether the program is functional now.
+    """
+    found = [
+        (name, node, twin)
+        for name, graph in program.graphs.items()
+        for node in graph.nodes
+        if is_mutation(node)
+        for twin in [functional_twin(node)]
+    ]
+    order = {node: i for graph in program.graphs.values() for i, node in enumerate(graph.nodes)}
+    if any(twin is None or not _owns_memory(node, order) for _, node, twin in found):
+        return False
+    for name, node, twin in found:
+        assert twin is not None
+        rewriter = Rewriter(program, "capture", name)
+        target = node.args[0]
+        assert isinstance(target, fx.Node)
+        with rewriter.before(node):
+            new = rewriter.call(twin, *node.args, like=node, **node.kwargs)
+        new.meta.pop("made_by", None)
+        rewriter.replace(node, new)
+        for user in [u for u in target.users if u is not new and order.get(u, -1) > order[node]]:
+            rewriter.replace_in(user, target, new)
+    return True
+
+
+def is_mutation(node: fx.Node) -> bool:
+    """Whether a node writes into one of its arguments."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def functional_twin(node: fx.Node) -> torch._ops.OpOverload | None:
+    """The operator that returns what an in-place one writes (``div_.Tensor`` -> ``div.Tensor``), if there is one."""
+    op = node.target
+    assert isinstance(op, torch._ops.OpOverload)
+    first, *others = op._schema.arguments
+    name = op._schema.name.partition("::")[2]
+    written = [a.name for a in (first, *others) if a.alias_info is not None and a.alias_info.is_write]
+    if not name.endswith("_") or written != [first.name]:
+        return None
+    packet = getattr(getattr(torch.ops, op.namespace), name.removesuffix("_"), None)
+    return getattr(packet, op._overloadname, None) if packet is not None else None
+
+
+def _may_alias(node: fx.Node) -> bool:
+    """Whether a node's result may share memory with an operand; composite operators are not looked into."""
+    if node.target is operator.getitem:
+        return True
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return node.op == "call_function"
+    schema = node.target._schema
+    if schema.is_mutable or any(r.alias_info is not None for r in schema.returns):
+        return True
+    return torch._C._dispatch_has_kernel_for_dispatch_key(node.target.name(), "CompositeImplicitAutograd")
+
+
+def _owns_memory(node: fx.Node, order: dict[fx.Node, int]) -> bool:
+    """Whether the value that ``node`` writes into is its own, and no earlier reader may still see the memory."""
+    value = node.args[0]
+    if not isinstance(value, fx.Node) or value.op != "call_function":
+        return False
+    source = value.args[0] if value.target is operator.getitem else value
+    assert isinstance(source, fx.Node)
+    if is_mutation(source):  # a chain of in-place operators on one value
+        return _owns_memory(source, order)
+    before = [u for u in value.users if u is not node and order[u] < order[node]]
+    fresh = source.op == "call_function" and not _may_alias(source)
+    return fresh and not any(_may_alias(u) and not is_mutation(u) and u.users for u in before)
