@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .decoders import TEXT
-from .model import IDS, PAIR_SIZES, TEXT_SIZES, Field, Sizes, ZooModel, entry, pretrained
+from .model import IDS, PAIR_SIZES, TEXT_SIZES, Field, ZooModel, entry, pretrained
 
 MASK = Field("attention_mask", ("B", "S"), "padding")
 TYPES = Field("token_type_ids", ("B", "S"), "types")
@@ -19,13 +19,18 @@ def encoder(
     *fields: Field,
     note: str = "",
     head: str = "Model",
-    sizes: tuple[Sizes, Sizes, Sizes] = TEXT_SIZES,
+    refused: str = "",
     **settings: Any,
 ) -> ZooModel:
-    """`<prefix><head>` of `layers` layers; `fields` are inputs besides the token ids."""
-    settings = TEXT | {"num_hidden_layers": layers} | settings
+    """`<prefix><head>` of `layers` layers; `fields` are inputs besides the token ids.
+
+    `refused` is the one common setting that this configuration raises at.
+    """
+    settings = {
+        key: value for key, value in (TEXT | {"num_hidden_layers": layers}).items() if key != refused
+    } | settings
     construct = pretrained(prefix + head, f"{prefix}Config", settings)
-    return entry(name, "encoder", construct, (IDS, *fields), sizes, (layers,), note=note)
+    return entry(name, "encoder", construct, (IDS, *fields), TEXT_SIZES, (layers,), note=note)
 
 
 ENCODERS: tuple[ZooModel, ...] = (
@@ -45,9 +50,19 @@ ENCODERS: tuple[ZooModel, ...] = (
         norm_rel_ebd="layer_norm",
         share_att_key=True,
     ),
-    encoder("mpnet", "MPNet", 2, relative_attention_num_buckets=8),
+    encoder("mpnet", "MPNet", 2),
     encoder("modernbert", "ModernBert", 3, MASK, local_attention=8, global_attn_every_n_layers=2),
-    encoder("xlnet", "XLNet", 2, d_model=32, n_head=4, n_layer=2, d_inner=64),
+    encoder(
+        "xlnet",
+        "XLNet",
+        2,
+        refused="max_position_embeddings",
+        use_mems_eval=False,
+        d_model=32,
+        n_head=4,
+        n_layer=2,
+        d_inner=64,
+    ),
     encoder("roformer", "RoFormer", 3, embedding_size=32),
     encoder("fnet", "FNet", 2, note="Fourier transform in place of attention"),
     encoder(
@@ -72,7 +87,17 @@ ENCODERS: tuple[ZooModel, ...] = (
         true_hidden_size=16,
     ),
     encoder("convbert", "ConvBert", 3, embedding_size=32, conv_kernel_size=3),
-    encoder("funnel", "Funnel", 4, block_sizes=[2, 2], d_model=32, n_head=4, d_head=8, d_inner=64),
+    encoder(
+        "funnel",
+        "Funnel",
+        4,
+        refused="num_hidden_layers",
+        block_sizes=[2, 2],
+        d_model=32,
+        n_head=4,
+        d_head=8,
+        d_inner=64,
+    ),
     encoder("esm", "Esm", 2, MASK, position_embedding_type="rotary", token_dropout=False, mask_token_id=3),
     encoder("layoutlm", "LayoutLM", 3, Field("bbox", ("B", "S", 4), "box"), max_2d_position_embeddings=64),
     encoder("xlm", "XLM", 2, emb_dim=32, n_heads=4, n_layers=2),

@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from .decoders import GROUPED, TEXT
-from .model import IDS, TEXT_SIZES, Sizes, ZooModel, entry, pretrained
+from .model import BATCH_SIZES, IDS, TEXT_SIZES, Field, Sizes, ZooModel, entry, pretrained
+
+FIXED_IDS = Field("input_ids", ("B", 12), "ids")
+UNROLLED = "the length is fixed: the recurrence is a Python loop over steps, which a trace unrolls"
 
 
 def causal(
@@ -14,12 +17,18 @@ def causal(
     prefix: str,
     layers: int,
     note: str = "",
+    unrolled: bool = False,
     sizes: tuple[Sizes, Sizes, Sizes] = TEXT_SIZES,
     **settings: Any,
 ) -> ZooModel:
-    """A causal language model `<prefix>ForCausalLM` of `layers` layers."""
+    """A causal language model `<prefix>ForCausalLM` of `layers` layers.
+
+    `unrolled`: it steps through the sequence in a Python loop, so that a trace fixes the length.
+    """
     settings = TEXT | {"num_hidden_layers": layers} | settings
     construct = pretrained(f"{prefix}ForCausalLM", f"{prefix}Config", settings)
+    if unrolled:
+        return entry(name, family, construct, (FIXED_IDS,), BATCH_SIZES, (layers,), note=note or UNROLLED)
     return entry(name, family, construct, (IDS,), sizes, (layers,), note=note)
 
 
@@ -46,7 +55,16 @@ MAMBA_2: dict[str, Any] = {
 MIXTURES: tuple[ZooModel, ...] = (
     causal("mixtral", "moe", "Mixtral", 2, num_local_experts=4, num_experts_per_tok=2, **GROUPED),
     causal("qwen2_moe", "moe", "Qwen2Moe", 3, shared_expert_intermediate_size=32, **EXPERTS),
-    causal("qwen3_moe", "moe", "Qwen3Moe", 2, head_dim=8, **EXPERTS),
+    causal(
+        "qwen3_moe",
+        "moe",
+        "Qwen3Moe",
+        2,
+        head_dim=8,
+        experts_implementation="batched_mm",
+        note="experts as one gathered batched product, in place of the default grouped product",
+        **EXPERTS,
+    ),
     causal("olmoe", "moe", "Olmoe", 3, **EXPERTS),
     causal("phimoe", "moe", "Phimoe", 2, num_local_experts=4, num_experts_per_tok=2, **GROUPED),
     causal("granitemoe", "moe", "GraniteMoe", 3, num_local_experts=4, num_experts_per_tok=2, **GROUPED),
@@ -80,9 +98,9 @@ MIXTURES: tuple[ZooModel, ...] = (
 )
 
 STATE_SPACES: tuple[ZooModel, ...] = (
-    causal("mamba", "ssm", "Mamba", 2, state_size=8, time_step_rank=4, use_mambapy=False),
+    causal("mamba", "ssm", "Mamba", 2, unrolled=True, state_size=8, time_step_rank=4, use_mambapy=False),
     causal("mamba2", "ssm", "Mamba2", 3, num_heads=8, head_dim=8, n_groups=2, state_size=8, chunk_size=8),
-    causal("falcon_mamba", "ssm", "FalconMamba", 2, state_size=8, time_step_rank=4),
+    causal("falcon_mamba", "ssm", "FalconMamba", 2, unrolled=True, state_size=8, time_step_rank=4),
     causal("bamba", "ssm", "Bamba", 3, attn_layer_indices=[1], **MAMBA_2, **GROUPED),
     causal(
         "granitemoehybrid",
@@ -102,6 +120,7 @@ STATE_SPACES: tuple[ZooModel, ...] = (
         "ssm",
         "Jamba",
         3,
+        unrolled=True,
         attn_layer_period=2,
         attn_layer_offset=1,
         expert_layer_period=2,
@@ -127,7 +146,9 @@ STATE_SPACES: tuple[ZooModel, ...] = (
         num_key_value_heads=4,
         use_mamba_kernels=False,
     ),
-    causal("recurrent_gemma", "ssm", "RecurrentGemma", 3, attention_window_size=8, num_key_value_heads=1),
+    causal(
+        "recurrent_gemma", "ssm", "RecurrentGemma", 3, unrolled=True, attention_window_size=8, num_key_value_heads=1
+    ),
     causal("lfm2", "ssm", "Lfm2", 3, layer_types=["conv", "full_attention", "conv"], **GROUPED),
     causal(
         "qwen3_next",
@@ -158,5 +179,5 @@ STATE_SPACES: tuple[ZooModel, ...] = (
         use_mamba_kernels=False,
         **GROUPED,
     ),
-    causal("rwkv", "ssm", "Rwkv", 2, context_length=64, rescale_every=0),
+    causal("rwkv", "ssm", "Rwkv", 2, unrolled=True, context_length=64, rescale_every=0),
 )

@@ -196,7 +196,8 @@ def pretrained(architecture: str, config: str, settings: Mapping[str, Any]) -> C
         transformers = importlib.import_module("transformers")
         configuration = getattr(transformers, config)(**settings)
         # A cache in the output is no tensor, and `torch.export` refuses it.
-        for part in (configuration, *(getattr(configuration, name) for name in configuration.sub_configs)):
+        parts = [configuration, *(getattr(configuration, name) for name in configuration.sub_configs)]
+        for part in filter(None, parts):  # an optional part may be absent
             part.use_cache = False
         return getattr(transformers, architecture)(configuration)
 

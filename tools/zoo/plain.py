@@ -1,4 +1,4 @@
-"""Models written here in plain PyTorch: one for each connection pattern that channel pruning and patch schedules meet."""
+"""Models written here in plain PyTorch: one for each connection pattern that pruning and patch schedules meet."""
 
 from __future__ import annotations
 
