@@ -104,8 +104,8 @@ def _eval_mode(model: torch.nn.Module) -> Any:
 
 def _export(
     model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], arguments: list[str], dynamic: Dynamic
-) -> tuple[ExportedProgram, dict[tuple[str, int], str]]:
-    """Export with the requested dynamic dimensions; also returns their names by (leaf name, axis)."""
+) -> tuple[ExportedProgram, dict[tuple[str, int], tuple[str, int]]]:
+    """Export with the requested dynamic dimensions; also returns their (name, minimum) by (leaf name, axis)."""
     values = [*args, *kwargs.values()]
     named = _named_dims(arguments, values, dynamic)
     values = [_widen(value, name, named) for name, value in zip(arguments, values, strict=True)]
@@ -133,7 +133,7 @@ def _export(
         raise _trace_error(model, error) from error
     finally:
         hook.remove()
-    return exported, {key: name for key, (name, _) in named.items()}
+    return exported, {key: (name, bounds[0]) for key, (name, bounds) in named.items()}
 
 
 def _match_signature(

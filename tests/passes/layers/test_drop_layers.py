@@ -41,7 +41,9 @@ def _layer_list(model: nn.Module, path: str) -> nn.ModuleList:
     for name, candidate in model.named_modules():
         if isinstance(candidate, nn.ModuleList) and (name == path or name.endswith("." + path) or path.endswith(name)):
             return candidate
-    raise AssertionError(f"no layers at {path}: {[n for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]}")
+    raise AssertionError(
+        f"no layers at {path}: {[n for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]}"
+    )
 
 
 def _skipping(model: nn.Module, path: str, index: int) -> nn.Module:
