@@ -9,6 +9,7 @@ where it changes something: on graphs with in-place operators.
 from __future__ import annotations
 
 import inspect
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
@@ -242,10 +243,10 @@ class _SameSizes:
 def _trace_error(model: torch.nn.Module, error: Exception) -> ImportModelError:
     text = str(error).strip().splitlines()
     first = text[0] if text else type(error).__name__
-    specialised = next((line.strip() for line in text if "specialized" in line), None)
-    if specialised:
+    fixed = re.search(r"marked (\S+?) as dynamic but your code specialized it to be a constant \((\d+)\)", str(error))
+    if fixed:
         return ImportModelError(
-            f"a named dimension cannot be dynamic: {specialised}",
+            f"the model fixes a named dimension: {fixed[1].replace('L[', '[')} can only be {fixed[2]}",
             remedy="leave that dimension out of dynamic=, or use dynamic='auto'",
         )
     return ImportModelError(
