@@ -8,6 +8,11 @@ from .decoders import GROUPED, TEXT
 from .model import BATCH_SIZES, IDS, TEXT_SIZES, Field, Sizes, ZooModel, entry, pretrained
 
 FIXED_IDS = Field("input_ids", ("B", 12), "ids")
+CHUNKED_SIZES: tuple[Sizes, Sizes, Sizes] = ({"B": 2, "S": 12}, {"B": 1, "S": 9}, {"B": 3, "S": 21})
+CHUNKED = (
+    "the scan works on chunks of 8 steps; traced at 12, torch.export guards S > 8 (more than one chunk) and "
+    "S % 8 != 0 (padding present)"
+)
 UNROLLED = "the length is fixed: the recurrence is a Python loop over steps, which a trace unrolls"
 
 
@@ -99,14 +104,28 @@ MIXTURES: tuple[ZooModel, ...] = (
 
 STATE_SPACES: tuple[ZooModel, ...] = (
     causal("mamba", "ssm", "Mamba", 2, unrolled=True, state_size=8, time_step_rank=4, use_mambapy=False),
-    causal("mamba2", "ssm", "Mamba2", 3, num_heads=8, head_dim=8, n_groups=2, state_size=8, chunk_size=8),
+    causal(
+        "mamba2",
+        "ssm",
+        "Mamba2",
+        3,
+        sizes=CHUNKED_SIZES,
+        note=CHUNKED,
+        num_heads=8,
+        head_dim=8,
+        n_groups=2,
+        state_size=8,
+        chunk_size=8,
+    ),
     causal("falcon_mamba", "ssm", "FalconMamba", 2, unrolled=True, state_size=8, time_step_rank=4),
-    causal("bamba", "ssm", "Bamba", 3, attn_layer_indices=[1], **MAMBA_2, **GROUPED),
+    causal("bamba", "ssm", "Bamba", 3, sizes=CHUNKED_SIZES, note=CHUNKED, attn_layer_indices=[1], **MAMBA_2, **GROUPED),
     causal(
         "granitemoehybrid",
         "ssm",
         "GraniteMoeHybrid",
         2,
+        sizes=CHUNKED_SIZES,
+        note=CHUNKED,
         layer_types=["mamba", "attention"],
         num_local_experts=4,
         num_experts_per_tok=2,
@@ -114,7 +133,18 @@ STATE_SPACES: tuple[ZooModel, ...] = (
         **MAMBA_2,
         **GROUPED,
     ),
-    causal("falcon_h1", "ssm", "FalconH1", 2, mamba_d_ssm=64, head_dim=8, **MAMBA_2, **GROUPED),
+    causal(
+        "falcon_h1",
+        "ssm",
+        "FalconH1",
+        2,
+        sizes=CHUNKED_SIZES,
+        note=CHUNKED,
+        mamba_d_ssm=64,
+        head_dim=8,
+        **MAMBA_2,
+        **GROUPED,
+    ),
     causal(
         "jamba",
         "ssm",
@@ -136,6 +166,8 @@ STATE_SPACES: tuple[ZooModel, ...] = (
         "ssm",
         "Zamba2",
         3,
+        sizes=CHUNKED_SIZES,
+        note=CHUNKED,
         layers_block_type=["mamba", "hybrid", "mamba"],
         mamba_d_state=8,
         n_mamba_heads=8,
@@ -169,6 +201,8 @@ STATE_SPACES: tuple[ZooModel, ...] = (
         "ssm",
         "NemotronH",
         3,
+        sizes=CHUNKED_SIZES,
+        note=CHUNKED,
         layers_block_type=["mamba", "attention", "mlp"],
         head_dim=8,
         ssm_state_size=8,
