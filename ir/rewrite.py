@@ -66,7 +66,14 @@ class Rewriter:
         with self.graph.inserting_after(node):
             yield
 
-    def call(self, target: Target, *args: Any, like: fx.Node | None = None, same_value: bool = False, **kwargs: Any) -> fx.Node:
+    def call(
+        self,
+        target: Target,
+        *args: Any,
+        like: fx.Node | None = None,
+        same_value: bool = False,
+        **kwargs: Any,
+    ) -> fx.Node:
         """Create an operator node at the insertion point, and infer its value.
 
         Args:
@@ -79,9 +86,15 @@ class Rewriter:
             VerifyError: the operator refuses arguments of these shapes and dtypes.
         """
         node = self.graph.call_function(target, args, kwargs)
-        node.meta["val"] = like.meta["val"] if same_value and like is not None else infer(self.program, node)
+        node.meta["val"] = (
+            like.meta["val"]
+            if same_value and like is not None
+            else infer(self.program, node)
+        )
         node.meta[MADE_BY] = self.made_by
-        source = like or next((a for a in node.all_input_nodes if a.meta.get(ORIGIN)), None)
+        source = like or next(
+            (a for a in node.all_input_nodes if a.meta.get(ORIGIN)), None
+        )
         if source is not None and source.meta.get(ORIGIN):
             node.meta[ORIGIN] = source.meta[ORIGIN]
         self._mutated("create", node)
@@ -93,12 +106,16 @@ class Rewriter:
         A new node goes to the top of the graph, so that it may be used anywhere.
         """
         if self._weights is None:
-            self._weights = {str(n.target): n for n in self.graph.find_nodes(op="get_attr")}
+            self._weights = {
+                str(n.target): n for n in self.graph.find_nodes(op="get_attr")
+            }
         changed = weight is not None and self.program.weights.get(name) is not weight
         if weight is not None:
             self.program.weights[name] = weight
         elif name not in self.program.weights:
-            raise VerifyError(f"no weight '{name}' in the program", pass_name=self.made_by)
+            raise VerifyError(
+                f"no weight '{name}' in the program", pass_name=self.made_by
+            )
         node = self._weights.get(name)
         if node is None:
             anchor = next(n for n in self.graph.nodes if n.op != "placeholder")
@@ -138,13 +155,25 @@ class Rewriter:
         if erase and not node.users:
             self.erase(node)
 
+    def replace_with_number(self, node: fx.Node, number: float) -> None:
+        """Write a number (also a truth value) where ``node`` was read, and erase ``node``."""
+        for user in list(node.users):
+            user.args = fx.node.map_arg(user.args, lambda a: number if a is node else a)
+            user.kwargs = fx.node.map_arg(
+                user.kwargs, lambda a: number if a is node else a
+            )
+        self._mutated("replace", node)
+        self.erase(node)
+
     def replace_in(self, user: fx.Node, old: fx.Node, new: fx.Node) -> None:
         """Let one user read ``new`` where it read ``old``."""
         check_same_type(old, new, self.made_by)
         user.replace_input_with(old, new)
         self._mutated("replace", user)
 
-    def set_args(self, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> None:
+    def set_args(
+        self, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any] | None = None
+    ) -> None:
         """Give a node other arguments and infer its value again."""
         node.args = tuple(args)
         if kwargs is not None:
@@ -161,7 +190,10 @@ class Rewriter:
         if node.users:
             user = next(iter(node.users))
             raise VerifyError(
-                f"cannot erase a value that %{user.name} uses", pass_name=self.made_by, node=node.name, origin=node.meta.get(ORIGIN)
+                f"cannot erase a value that %{user.name} uses",
+                pass_name=self.made_by,
+                node=node.name,
+                origin=node.meta.get(ORIGIN),
             )
         self.graph.erase_node(node)
         if self._weights is not None and node.op == "get_attr":
@@ -172,7 +204,11 @@ class Rewriter:
         """Erase every node that no output needs, in one backward walk; returns how many."""
         erased = 0
         for node in reversed(list(self.graph.nodes)):
-            if not node.users and node.op not in ("placeholder", "output") and not has_effect(node):
+            if (
+                not node.users
+                and node.op not in ("placeholder", "output")
+                and not has_effect(node)
+            ):
                 self.erase(node)
                 erased += 1
         return erased
@@ -182,7 +218,11 @@ def has_effect(node: fx.Node) -> bool:
     """Whether a node must be kept although nothing reads it (an assertion on data, a mutation)."""
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
-        return target._schema.is_mutable or target.namespace == "aten" and target._opname in ("_assert_async", "_assert_scalar")
+        return (
+            target._schema.is_mutable
+            or target.namespace == "aten"
+            and target._opname in ("_assert_async", "_assert_scalar")
+        )
     return False
 
 
@@ -208,17 +248,25 @@ def infer(program: Program, node: fx.Node) -> Any:
         raise
     except NotImplementedError as error:
         raise UnsupportedOpError(
-            f"{node.target} has no shape inference: {error}", node=node.name, origin=node.meta.get(ORIGIN)
+            f"{node.target} has no shape inference: {error}",
+            node=node.name,
+            origin=node.meta.get(ORIGIN),
         ) from error
     except Exception as error:
         raise VerifyError(
-            f"{node.target} refuses its arguments: {error}", node=node.name, origin=node.meta.get(ORIGIN)
+            f"{node.target} refuses its arguments: {error}",
+            node=node.name,
+            origin=node.meta.get(ORIGIN),
         ) from error
 
 
 def _value_of(node: fx.Node) -> Any:
     if "val" not in node.meta:
-        raise VerifyError("a value without shape is used", node=node.name, origin=node.meta.get(ORIGIN))
+        raise VerifyError(
+            "a value without shape is used",
+            node=node.name,
+            origin=node.meta.get(ORIGIN),
+        )
     return node.meta["val"]
 
 
@@ -227,7 +275,10 @@ def check_same_type(old: fx.Node, new: fx.Node, pass_name: str) -> None:
     a, b = old.meta.get("val"), new.meta.get("val")
     if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
         return
-    sizes_differ = any(isinstance(x, int) and isinstance(y, int) and x != y for x, y in builtins.zip(a.shape, b.shape, strict=False))
+    sizes_differ = any(
+        isinstance(x, int) and isinstance(y, int) and x != y
+        for x, y in builtins.zip(a.shape, b.shape, strict=False)
+    )
     if a.dtype != b.dtype or a.dim() != b.dim() or sizes_differ:
         raise VerifyError(
             f"%{new.name} ({b.dtype} {list(b.shape)}) cannot stand for it",
@@ -243,9 +294,21 @@ def is_op(node: Any, *targets: Any) -> bool:
     if not isinstance(node, fx.Node) or node.op != "call_function":
         return False
     return any(
-        node.target is t or (isinstance(t, torch._ops.OpOverloadPacket) and getattr(node.target, "overloadpacket", None) is t)
+        node.target is t
+        or (
+            isinstance(t, torch._ops.OpOverloadPacket)
+            and getattr(node.target, "overloadpacket", None) is t
+        )
         for t in targets
     )
 
 
-__all__ = ["Rewriter", "check_same_type", "fake_weight", "has_effect", "infer", "is_op", "operator"]
+__all__ = [
+    "Rewriter",
+    "check_same_type",
+    "fake_weight",
+    "has_effect",
+    "infer",
+    "is_op",
+    "operator",
+]

@@ -60,8 +60,16 @@ def option(
         ge, gt, le, lt: numeric bounds.
         choices: the allowed strings.
     """
-    bounds = {key: value for key, value in {"ge": ge, "gt": gt, "le": le, "lt": lt}.items() if value is not None}
-    metadata = {"help": help, "bounds": bounds, "choices": tuple(choices) if choices else None}
+    bounds = {
+        key: value
+        for key, value in {"ge": ge, "gt": gt, "le": le, "lt": lt}.items()
+        if value is not None
+    }
+    metadata = {
+        "help": help,
+        "bounds": bounds,
+        "choices": tuple(choices) if choices else None,
+    }
     return field(default=default, metadata=metadata)
 
 
@@ -99,7 +107,9 @@ class Context:
     """
 
     calibration: Sequence[Batch] | None = None
-    progress: Callable[[Iterable[Any], int | None, str], Iterable[Any]] = lambda items, total, label: items
+    progress: Callable[[Iterable[Any], int | None, str], Iterable[Any]] = (
+        lambda items, total, label: items
+    )
     cache: dict[str, Any] = field(default_factory=dict)
 
 
@@ -140,7 +150,11 @@ class Pass:
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for spec in options_of(type(self)):
-            object.__setattr__(self, spec.name, validated(self.name, spec, hints[spec.name], getattr(self, spec.name)))
+            object.__setattr__(
+                self,
+                spec.name,
+                validated(self.name, spec, hints[spec.name], getattr(self, spec.name)),
+            )
 
     def check(self, program: Program, ctx: Context) -> None:
         """Raise `PreconditionError` if the pass makes no sense for this program."""
@@ -152,7 +166,9 @@ class Pass:
     def ensure(self, before: Program, program: Program, stats: Stats) -> None:
         """Raise `PostconditionError` if the pass broke its own law."""
 
-    def call_as_before(self, before: Program, program: Program, feeds: Batch) -> dict[str, Any]:
+    def call_as_before(
+        self, before: Program, program: Program, feeds: Batch
+    ) -> dict[str, Any]:
         """Run the changed program so that it answers a call of the program before; a `REFORMS` pass gives its adapter here.
 
         Args:
@@ -179,7 +195,9 @@ class Pass:
     def to_text(self) -> str:
         """Canonical text: the name, and the options that differ from their defaults, in the order of declaration."""
         given = [
-            f"{spec.name}={_format(getattr(self, spec.name))}" for spec in options_of(type(self)) if getattr(self, spec.name) != spec.default
+            f"{spec.name}={_format(getattr(self, spec.name))}"
+            for spec in options_of(type(self))
+            if getattr(self, spec.name) != spec.default
         ]
         return self.name + ("{" + " ".join(given) + "}" if given else "")
 
@@ -208,7 +226,12 @@ def _format(value: Any) -> str:
     if isinstance(value, tuple):
         return ",".join(_format(v) for v in value)
     if isinstance(value, str):
-        plain = value.isprintable() and value.isascii() and value not in ("", "none") and not _PLAIN_ENDS & set(value)
+        plain = (
+            value.isprintable()
+            and value.isascii()
+            and value not in ("", "none")
+            and not _PLAIN_ENDS & set(value)
+        )
         return value if plain else json.dumps(value)
     return repr(value)
 
@@ -256,7 +279,10 @@ def _coerced(where: str, kind: Any, value: Any) -> Any:
 def _check_bounds(where: str, spec: dataclasses.Field[Any], value: Any) -> None:
     choices = spec.metadata["choices"]
     if choices and value not in choices:
-        raise PipelineError(f"{where} is {value!r}{suggest(str(value), choices)}", expected=f"one of: {', '.join(choices)}")
+        raise PipelineError(
+            f"{where} is {value!r}{suggest(str(value), choices)}",
+            expected=f"one of: {', '.join(choices)}",
+        )
     tests: dict[str, Callable[[Any, Any], bool]] = {
         "ge": lambda a, b: a >= b,
         "gt": lambda a, b: a > b,
@@ -266,4 +292,7 @@ def _check_bounds(where: str, spec: dataclasses.Field[Any], value: Any) -> None:
     words = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
     bounds = spec.metadata["bounds"]
     if any(not tests[key](value, limit) for key, limit in bounds.items()):
-        raise PipelineError(f"{where} is {value}", expected=" and ".join(f"{words[k]} {v}" for k, v in bounds.items()))
+        raise PipelineError(
+            f"{where} is {value}",
+            expected=" and ".join(f"{words[k]} {v}" for k, v in bounds.items()),
+        )
