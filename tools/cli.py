@@ -107,28 +107,16 @@ def _root(
 @app.command()
 def dump(
     path: ModelPath,
-    format: Annotated[
-        Format, typer.Option("--format", "-f", help="what to print")
-    ] = Format.tree,
+    format: Annotated[Format, typer.Option("--format", "-f", help="what to print")] = Format.tree,
     origins: Annotated[
         bool,
-        typer.Option(
-            "--origins", help="text: where each node came from, and which pass made it"
-        ),
+        typer.Option("--origins", help="text: where each node came from, and which pass made it"),
     ] = False,
-    sort: Annotated[
-        Sort, typer.Option(help="table: largest first, or in the graph's order")
-    ] = Sort.order,
-    by: Annotated[
-        By, typer.Option(help="table: a row per node, per site, or per module")
-    ] = By.node,
-    limit: Annotated[
-        int, typer.Option(min=0, help="table: at most this many rows (0: all)")
-    ] = 0,
+    sort: Annotated[Sort, typer.Option(help="table: largest first, or in the graph's order")] = Sort.order,
+    by: Annotated[By, typer.Option(help="table: a row per node, per site, or per module")] = By.node,
+    limit: Annotated[int, typer.Option(min=0, help="table: at most this many rows (0: all)")] = 0,
     sizes: Sizes = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="write to a file")
-    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="write to a file")] = None,
 ) -> None:
     """Print a model's graph: as text, as a tree of its blocks, as a table of costs, or for Graphviz."""
     from .dump import DumpOptions, dump_to
@@ -158,9 +146,7 @@ def optimize(
     ],
     output: Annotated[
         Path | None,
-        typer.Option(
-            "--output", "-o", help="an .onnx file, or a folder for a saved program"
-        ),
+        typer.Option("--output", "-o", help="an .onnx file, or a folder for a saved program"),
     ] = None,
     calibration: Annotated[
         list[Path] | None,
@@ -171,12 +157,8 @@ def optimize(
         ),
     ] = None,
     tokenizer: Tokenizer = None,
-    window: Annotated[
-        int, typer.Option(min=2, help="tokens in a window of calibration text")
-    ] = 128,
-    windows: Annotated[
-        int, typer.Option(min=1, help="at most this many windows of calibration text")
-    ] = 32,
+    window: Annotated[int, typer.Option(min=2, help="tokens in a window of calibration text")] = 128,
+    windows: Annotated[int, typer.Option(min=1, help="at most this many windows of calibration text")] = 32,
     example: Annotated[
         str | None,
         typer.Option(
@@ -184,15 +166,9 @@ def optimize(
             help="sizes of the example inputs for checks, such as B=2,S=16; 'none' for no example",
         ),
     ] = None,
-    opset: Annotated[
-        int | None, typer.Option(help="ONNX operator set of the output")
-    ] = None,
-    report: Annotated[
-        Path | None, typer.Option(help="write the report as JSON")
-    ] = None,
-    verify: Annotated[
-        int, typer.Option(min=0, max=3, help="how much to check after each pass")
-    ] = 1,
+    opset: Annotated[int | None, typer.Option(help="ONNX operator set of the output")] = None,
+    report: Annotated[Path | None, typer.Option(help="write the report as JSON")] = None,
+    verify: Annotated[int, typer.Option(min=0, max=3, help="how much to check after each pass")] = 1,
     dump_dir: Annotated[
         Path | None,
         typer.Option(help="write the program after every pass to this folder"),
@@ -207,9 +183,7 @@ def optimize(
     ] = None,
     why_not: Annotated[
         str | None,
-        typer.Option(
-            metavar="PASS", help="print why this pass (or all) left places as they were"
-        ),
+        typer.Option(metavar="PASS", help="print why this pass (or all) left places as they were"),
     ] = None,
 ) -> None:
     """Run passes over a model, print what each did, and write the result."""
@@ -239,9 +213,7 @@ def optimize(
 @app.command()
 def run(
     path: ModelPath,
-    backend: Annotated[
-        Backend, typer.Option(help="what runs it")
-    ] = Backend.onnxruntime,
+    backend: Annotated[Backend, typer.Option(help="what runs it")] = Backend.onnxruntime,
     inputs: Annotated[
         list[str] | None,
         typer.Option(
@@ -251,18 +223,12 @@ def run(
             help="an input from a file (repeatable)",
         ),
     ] = None,
-    text: Annotated[
-        str | None, typer.Option(help="text for the model's token input")
-    ] = None,
+    text: Annotated[str | None, typer.Option(help="text for the model's token input")] = None,
     tokenizer: Tokenizer = None,
     sizes: Sizes = None,
-    seed: Annotated[
-        int, typer.Option(help="seed of the random inputs that are not given")
-    ] = 0,
+    seed: Annotated[int, typer.Option(help="seed of the random inputs that are not given")] = 0,
     repeats: Annotated[int, typer.Option(min=1, help="timed runs")] = 5,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="save the outputs as .npz")
-    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="save the outputs as .npz")] = None,
 ) -> None:
     """Run a model and print its outputs' shapes, ranges, and the time it took."""
     from .run import RunOptions, run_file
@@ -284,12 +250,8 @@ def run(
 
 @app.command()
 def passes(
-    name: Annotated[
-        str | None, typer.Argument(help="show this pass with its options")
-    ] = None,
-    markdown: Annotated[
-        bool, typer.Option("--markdown", help="as Markdown, for the documentation")
-    ] = False,
+    name: Annotated[str | None, typer.Argument(help="show this pass with its options")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="as Markdown, for the documentation")] = False,
 ) -> None:
     """List the passes, or show one."""
     from .passes_cmd import show_passes
@@ -300,19 +262,13 @@ def passes(
 @app.command()
 def bench(
     suite: Annotated[str | None, typer.Argument(help="which suite")] = None,
-    list_: Annotated[
-        bool, typer.Option("--list", help="list the suites and their goals")
-    ] = False,
+    list_: Annotated[bool, typer.Option("--list", help="list the suites and their goals")] = False,
     json_: Annotated[
         Path | None,
         typer.Option("--json", metavar="FILE", help="write everything as JSON"),
     ] = None,
-    check: Annotated[
-        bool, typer.Option("--check", help="exit with 1 when a goal is missed")
-    ] = False,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="smaller sizes, fewer repeats")
-    ] = False,
+    check: Annotated[bool, typer.Option("--check", help="exit with 1 when a goal is missed")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="smaller sizes, fewer repeats")] = False,
 ) -> None:
     """Measure: correctness first, then time and memory, against stated goals."""
     from .bench.show import bench as run_bench
@@ -342,9 +298,7 @@ def demo(
         Path,
         typer.Option("--output", "-o", help="folder for the models and the report"),
     ] = Path("demo-output"),
-    quick: Annotated[
-        bool, typer.Option("--quick", help="less text, fewer repeats")
-    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="less text, fewer repeats")] = False,
 ) -> None:
     """Make a real language model smaller and compare the two in ONNX Runtime."""
     from .demo import run_demo
@@ -366,9 +320,7 @@ def execute(arguments: list[str]) -> int:
         if not debug:
             warnings.simplefilter("ignore")
         try:
-            return int(
-                app(args=rest, prog_name="graphlathe", standalone_mode=False) or 0
-            )
+            return int(app(args=rest, prog_name="graphlathe", standalone_mode=False) or 0)
         except GraphlatheError as error:
             return _failed(str(error), 2, debug)
         except _UsageError as error:

@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-_PIPED_WIDTH = 240
+PIPED_WIDTH = 240
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -17,7 +17,7 @@ def console(*, stderr: bool = False) -> Console:
     stream = sys.stderr if stderr else sys.stdout
     return Console(
         file=stream,
-        width=None if stream.isatty() else _PIPED_WIDTH,
+        width=None if stream.isatty() else PIPED_WIDTH,
         soft_wrap=False,
         highlight=False,
         markup=False,
@@ -53,11 +53,7 @@ def short(value: float) -> str:
     """A count with three digits and a decimal unit: ``3.54 M``."""
     for limit, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
         if abs(value) >= limit:
-            return (
-                f"{value / limit:.3g}{unit}"
-                if abs(value) < 999.5 * limit
-                else f"{value / limit:.0f}{unit}"
-            )
+            return f"{value / limit:.3g}{unit}" if abs(value) < 999.5 * limit else f"{value / limit:.0f}{unit}"
     return f"{value:.3g}"
 
 
@@ -70,11 +66,7 @@ def size(nbytes: float) -> str:
         (1 << 10, "KiB"),
     ):
         if abs(nbytes) >= limit:
-            return (
-                f"{nbytes / limit:.3g} {unit}"
-                if abs(nbytes) < 1000 * limit
-                else f"{nbytes / limit:.0f} {unit}"
-            )
+            return f"{nbytes / limit:.3g} {unit}" if abs(nbytes) < 1000 * limit else f"{nbytes / limit:.0f} {unit}"
     return f"{nbytes:.0f} B"
 
 
@@ -82,9 +74,5 @@ def duration(seconds: float) -> str:
     """Seconds with a unit: ``1.25 ms``."""
     for limit, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")):
         if seconds >= limit:
-            return (
-                f"{seconds / limit:.3g} {unit}"
-                if seconds < 1000 * limit
-                else f"{seconds / limit:.0f} {unit}"
-            )
+            return f"{seconds / limit:.3g} {unit}" if seconds < 1000 * limit else f"{seconds / limit:.0f} {unit}"
     return f"{seconds * 1e9:.3g} ns"

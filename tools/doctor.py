@@ -29,16 +29,12 @@ def diagnose() -> dict[str, Any]:
         if found:
             report["versions"][name] = found
     report["extras"] = {
-        extra: {
-            module: importlib.util.find_spec(module) is not None for module in modules
-        }
+        extra: {module: importlib.util.find_spec(module) is not None for module in modules}
         for extra, modules in EXTRAS.items()
     }
     report["torch"] = {
         "cuda": torch.version.cuda,
-        "devices": [
-            torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())
-        ],
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "threads": torch.get_num_threads(),
         "interop_threads": torch.get_num_interop_threads(),
     }
@@ -70,9 +66,7 @@ def _problems(report: dict[str, Any]) -> list[str]:
     problems: list[str] = []
     major, minor = (int(part) for part in report["versions"]["torch"].split(".")[:2])
     if (major, minor) < (2, 11) or (major, minor) > (2, 13):
-        problems.append(
-            f"torch {report['versions']['torch']} is not tested: 2.11 to 2.13 are"
-        )
+        problems.append(f"torch {report['versions']['torch']} is not tested: 2.11 to 2.13 are")
     extras = report["extras"]
     if not extras["cpu or gpu"]["onnxruntime"]:
         problems.append(
@@ -95,29 +89,19 @@ def show_doctor(as_json: bool) -> None:
     machine = report["machine"]
     out.print("machine", style="bold")
     memory = size(machine["memory_bytes"]) if machine["memory_bytes"] else "unknown"
-    out.print(
-        f"  {machine['cpu']}, {machine['cores']} cores, {memory}, load {machine['load_average']}"
-    )
+    out.print(f"  {machine['cpu']}, {machine['cores']} cores, {memory}, load {machine['load_average']}")
     out.print(f"  {machine['system']}, Python {machine['python']}")
     out.print("versions", style="bold")
-    out.print(
-        "  " + ", ".join(f"{name} {text}" for name, text in report["versions"].items())
-    )
+    out.print("  " + ", ".join(f"{name} {text}" for name, text in report["versions"].items()))
     out.print("devices", style="bold")
-    out.print(
-        "  " + (", ".join(report["torch"]["devices"]) or "no GPU that torch can use")
-    )
+    out.print("  " + (", ".join(report["torch"]["devices"]) or "no GPU that torch can use"))
     out.print(
         f"  {report['torch']['threads']} torch threads; ONNX Runtime: {', '.join(report['onnxruntime_providers']) or 'missing'}"
     )
     out.print("extras", style="bold")
     for extra, modules in report["extras"].items():
         out.print(
-            f"  {extra}: "
-            + ", ".join(
-                f"{module} {'yes' if there else 'NO'}"
-                for module, there in modules.items()
-            )
+            f"  {extra}: " + ", ".join(f"{module} {'yes' if there else 'NO'}" for module, there in modules.items())
         )
     out.print("problems", style="bold")
     for problem in report["problems"] or ["none"]:

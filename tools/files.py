@@ -41,9 +41,7 @@ def write_atomically(path: Path, content: str | bytes | Callable[[Path], None]) 
     """
     check_writable(path)
     if path.is_dir():
-        raise ExportError(
-            f"cannot write '{path}': it is a folder", remedy="name a file"
-        )
+        raise ExportError(f"cannot write '{path}': it is a folder", remedy="name a file")
     # The suffix stays: writers such as numpy's look at it.
     partial = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
     try:

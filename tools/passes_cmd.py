@@ -54,9 +54,7 @@ def type_text(hint: Any) -> str:
     if get_origin(hint) is tuple:
         return f"list of {type_text(get_args(hint)[0])}"
     kinds = [a for a in get_args(hint) if a is not type(None)]
-    return (
-        " or ".join(type_text(kind) for kind in kinds) if kinds else str(hint.__name__)
-    )
+    return " or ".join(type_text(kind) for kind in kinds) if kinds else str(hint.__name__)
 
 
 def _default(value: Any) -> str:
@@ -70,9 +68,7 @@ def _default(value: Any) -> str:
 def _range(metadata: Any) -> str:
     if metadata["choices"]:
         return ", ".join(metadata["choices"])
-    return ", ".join(
-        f"{_BOUND_SIGNS[key]} {value:g}" for key, value in metadata["bounds"].items()
-    )
+    return ", ".join(f"{_BOUND_SIGNS[key]} {value:g}" for key, value in metadata["bounds"].items())
 
 
 def _show_one(cls: type[Pass]) -> None:
@@ -127,8 +123,6 @@ def _markdown(cls: type[Pass]) -> str:
                 row["range"],
                 row["help"],
             ]
-            lines.append(
-                "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-            )
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         lines.append("")
     return "\n".join(lines) + "\n"

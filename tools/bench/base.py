@@ -24,6 +24,7 @@ Row = dict[str, Any]
 
 MODULES: dict[str, str] = {
     "compiler": ".compiler",
+    "scale": ".scale",
 }
 """Suites by name; each module has a `SUITE`. Loaded when listed or run."""
 
@@ -143,9 +144,7 @@ class Record:
 
     def write(self, path: Path) -> None:
         """Write the JSON; the file appears complete or not at all."""
-        write_atomically(
-            path, json.dumps(_finite(self.to_json()), indent=2, allow_nan=False) + "\n"
-        )
+        write_atomically(path, json.dumps(_finite(self.to_json()), indent=2, allow_nan=False) + "\n")
 
 
 def _finite(value: Any) -> Any:

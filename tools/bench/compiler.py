@@ -24,9 +24,7 @@ EXPONENT = 1.15
 SMOLLM2 = "smollm2-135m"
 _AFTER_BUILD = ("canonicalize", "structure", "verify 1", "drop-layers")
 _TOLERANCE = 1e-5
-_FROM_LAYERS = (
-    8  # exponents are fitted from here: below, constant costs hide the growth
-)
+_FROM_LAYERS = 8  # exponents are fitted from here: below, constant costs hide the growth
 _REPEATS = {1: 5, 8: 5, 32: 3, 96: 2}
 
 
@@ -47,9 +45,7 @@ def run(context: Run) -> Result:
 
     result = Result()
     cases = [1, 8, 32] if context.quick else [1, 8, 32, 96]
-    measured = [
-        _measure(f"llama-{layers}", layers, context, result) for layers in cases
-    ]
+    measured = [_measure(f"llama-{layers}", layers, context, result) for layers in cases]
     real: Measurement | None = None
     if not context.quick:
         real = _measure(SMOLLM2, 30, context, result)
@@ -70,23 +66,17 @@ def _measure(case: str, layers: int, context: Run, result: Result) -> Measuremen
     with tempfile.TemporaryDirectory(prefix="graphlathe-bench-") as folder:
         piece = Workpiece(case, Path(folder))
         result.rows.append(_correctness(piece))
-        calls: dict[str, Callable[..., Any]] = {
-            **{n: partial(f, piece) for n, f in STOCK.items()}
-        }
+        calls: dict[str, Callable[..., Any]] = {**{n: partial(f, piece) for n, f in STOCK.items()}}
         prepare: dict[str, Callable[[], Any]] = {}
         for name, step in OURS.items():
             calls[name] = partial(step.call, piece)
             prepare[name] = partial(step.prepare, piece)
         repeats = 2 if context.quick else _REPEATS.get(layers, 2)
         context.say(f"{case}: timing {len(calls)} steps in turn, {repeats} rounds")
-        times = interleave(
-            calls, repeats, warmup=1 if layers == 1 else 0, prepare=prepare
-        )
+        times = interleave(calls, repeats, warmup=1 if layers == 1 else 0, prepare=prepare)
         nodes = len(piece.program.graph.nodes)
     context.say(f"{case}: memory")
-    memory = measure_in_subprocess(
-        f"{__package__}.compiler_steps:memory_of_steps", {"case": case}
-    ).result
+    memory = measure_in_subprocess(f"{__package__}.compiler_steps:memory_of_steps", {"case": case}).result
     return Measurement(case, layers, nodes, times, memory)
 
 
@@ -133,9 +123,7 @@ def _goals(measured: list[Measurement], real: Measurement | None) -> list[Goal]:
     goals: list[Goal] = []
     grown = [m for m in measured if m.layers >= _FROM_LAYERS]
     for name in OURS:
-        exponent = fit_exponent(
-            [m.nodes for m in grown], [m.times[name].best for m in grown]
-        )
+        exponent = fit_exponent([m.nodes for m in grown], [m.times[name].best for m in grown])
         goals.append(Goal(f"{name}: exponent of time over nodes", exponent, EXPONENT))
     last = measured[-1]
     export = last.times["torch.export"].best
@@ -157,18 +145,14 @@ def _goals(measured: list[Measurement], real: Measurement | None) -> list[Goal]:
     )
     final = real or last
     ratio = final.times["export ONNX"].best / final.times["torch.onnx.export"].best
-    goals.append(
-        Goal(f"our ONNX export over the stock one, {final.case}", ratio, 1 / 3)
-    )
+    goals.append(Goal(f"our ONNX export over the stock one, {final.case}", ratio, 1 / 3))
     return goals
 
 
 def _memory_goal(result: Result, quick: bool) -> Goal:
     """Peak resident memory during ``canonicalize,drop-layers`` minus that before the model was loaded, over its weights."""
     case = "wide-4" if quick else SMOLLM2
-    measured = measure_in_subprocess(
-        f"{__package__}.compiler_steps:memory_of_pipeline", {"case": case}
-    ).result
+    measured = measure_in_subprocess(f"{__package__}.compiler_steps:memory_of_pipeline", {"case": case}).result
     growth = measured["peak"] - measured["baseline"]
     ratio = growth / measured["weights"] if measured["weights"] else math.nan
     result.rows.append(

@@ -84,11 +84,7 @@ class Workpiece:
         self.case = case
         self.folder = folder
         self.model = build(case)
-        self.example = {
-            "input_ids": torch.randint(
-                0, 128, (2, 12), generator=torch.Generator().manual_seed(0)
-            )
-        }
+        self.example = {"input_ids": torch.randint(0, 128, (2, 12), generator=torch.Generator().manual_seed(0))}
 
     @cached_property
     def exported(self) -> torch.export.ExportedProgram:
@@ -98,9 +94,7 @@ class Workpiece:
     @cached_property
     def program(self) -> Program:
         """Our program, made from `exported`."""
-        return from_exported(
-            self.exported, names={("input_ids", 0): "B", ("input_ids", 1): "S"}
-        )
+        return from_exported(self.exported, names={("input_ids", 0): "B", ("input_ids", 1): "S"})
 
     @cached_property
     def canonical(self) -> Program:
@@ -125,12 +119,8 @@ class Workpiece:
         stock = run_onnx(export_stock(self), self.example)
         return {
             "the program": relative_error(self.program.run(self.example), expected),
-            "the canonical program": relative_error(
-                self.canonical.run(self.example), expected
-            ),
-            "our ONNX file against the stock exporter's": relative_error(
-                {"logits": ours[0]}, {"logits": stock[0]}
-            ),
+            "the canonical program": relative_error(self.canonical.run(self.example), expected),
+            "our ONNX file against the stock exporter's": relative_error({"logits": ours[0]}, {"logits": stock[0]}),
         }
 
 
@@ -139,18 +129,11 @@ def run_onnx(path: Path, feeds: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = (
-        onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    )
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(
-        str(path), options, providers=["CPUExecutionProvider"]
-    )
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return [
-        torch.from_numpy(value)
-        for value in session.run(
-            None, {name: value.numpy() for name, value in feeds.items()}
-        )
+        torch.from_numpy(value) for value in session.run(None, {name: value.numpy() for name, value in feeds.items()})
     ]
 
 
@@ -159,9 +142,7 @@ def torch_export(piece: Workpiece) -> torch.export.ExportedProgram:
     dynamic = {"input_ids": {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return torch.export.export(
-            piece.model, (), piece.example, dynamic_shapes=dynamic, strict=False
-        )
+        return torch.export.export(piece.model, (), piece.example, dynamic_shapes=dynamic, strict=False)
 
 
 def decompose(piece: Workpiece) -> Any:
@@ -218,9 +199,7 @@ def _drop(piece: Workpiece, program: Program) -> Any:
     from ...passes.layers.drop_layers import DropLayers
 
     count = int(piece.model.config.num_hidden_layers)
-    return DropLayers(indices=tuple(i for i in _DROPPED if i < count)).run(
-        program, Context()
-    )
+    return DropLayers(indices=tuple(i for i in _DROPPED if i < count)).run(program, Context())
 
 
 def _fresh(piece: Workpiece) -> Program:
@@ -233,9 +212,7 @@ STOCK: dict[str, Callable[[Workpiece], Any]] = {
     "torch.onnx.export": export_stock,
 }
 OURS: dict[str, Step] = {
-    "from exported": Step(
-        lambda piece: piece.exported, lambda piece, exported: from_exported(exported)
-    ),
+    "from exported": Step(lambda piece: piece.exported, lambda piece, exported: from_exported(exported)),
     "canonicalize": Step(
         lambda piece: piece.program.clone(),
         lambda piece, program: get("canonicalize")().run(program, Context()),
@@ -271,9 +248,7 @@ def memory_of_steps(case: str) -> dict[str, dict[str, int]]:
     return found
 
 
-def _run_all(
-    piece: Workpiece, around: Callable[[str, Callable[[], Any]], None]
-) -> None:
+def _run_all(piece: Workpiece, around: Callable[[str, Callable[[], Any]], None]) -> None:
     for name, step in STOCK.items():
         around(name, lambda step=step: step(piece))  # type: ignore[misc]
     for name, ours in OURS.items():

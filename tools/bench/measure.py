@@ -104,9 +104,7 @@ def fit_exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
         raise ValueError("an exponent needs two sizes and positive times")
     xs, ys = [math.log(s) for s in sizes], [math.log(s) for s in seconds]
     mx, my = statistics.fmean(xs), statistics.fmean(ys)
-    return sum((x - mx) * (y - my) for x, y in zip(xs, ys, strict=True)) / sum(
-        (x - mx) ** 2 for x in xs
-    )
+    return sum((x - mx) * (y - my) for x, y in zip(xs, ys, strict=True)) / sum((x - mx) ** 2 for x in xs)
 
 
 def rss_bytes() -> int:
@@ -125,9 +123,7 @@ def _kernel_bytes(field_name: str) -> int | None:
         text = Path("/proc/self/status").read_text()
     except OSError:
         return None
-    found = [
-        line.split()[1] for line in text.splitlines() if line.startswith(field_name)
-    ]
+    found = [line.split()[1] for line in text.splitlines() if line.startswith(field_name)]
     return int(found[0]) * 1024 if found else None
 
 
@@ -185,9 +181,7 @@ def peak_memory() -> Iterator[Peak]:
         stop.set()
         if not exact:
             sampler.join()
-        result.peak = max(
-            result.peak, (_kernel_bytes("VmHWM") or 0) if exact else 0, rss_bytes()
-        )
+        result.peak = max(result.peak, (_kernel_bytes("VmHWM") or 0) if exact else 0, rss_bytes())
 
 
 @dataclass(frozen=True)
@@ -242,12 +236,8 @@ def measure_in_subprocess(
                 ) from error
             text = answer.read()
     except OSError as error:
-        raise GraphlatheError(
-            f"cannot measure {function} in a process of its own: {error}"
-        ) from error
+        raise GraphlatheError(f"cannot measure {function} in a process of its own: {error}") from error
     if process.returncode or not text:
-        last = [line for line in errors.splitlines() if line.strip()][-1:] or [
-            f"exit status {process.returncode}"
-        ]
+        last = [line for line in errors.splitlines() if line.strip()][-1:] or [f"exit status {process.returncode}"]
         raise GraphlatheError(f"{function} failed in its own process: {last[0]}")
     return Measured(**json.loads(text))

@@ -32,9 +32,7 @@ def bench(name: str | None, json_path: Path | None, check: bool, quick: bool) ->
     if json_path is not None:
         check_writable(json_path)
     notes = console(stderr=True)
-    record = run_suite(
-        suite, Run(quick=quick, say=lambda line: notes.print(line, style="dim"))
-    )
+    record = run_suite(suite, Run(quick=quick, say=lambda line: notes.print(line, style="dim")))
     show(record)
     if json_path is not None:
         record.write(json_path)
@@ -54,27 +52,15 @@ def show(record: Record) -> None:
         [_title(c) for c in names_ if c not in words],
     )
     for row in rows:
-        table.add_row(
-            *(
-                cell(c, row.get(c))
-                for c in [*words, *(c for c in names_ if c not in words)]
-            )
-        )
+        table.add_row(*(cell(c, row.get(c)) for c in [*words, *(c for c in names_ if c not in words)]))
     out.print(table)
     machine = record.machine
-    memory = (
-        size(machine["memory_bytes"])
-        if machine.get("memory_bytes")
-        else "unknown memory"
-    )
+    memory = size(machine["memory_bytes"]) if machine.get("memory_bytes") else "unknown memory"
     out.print(
         f"machine: {machine['cpu']}, {machine['cores']} cores, {memory}, load {machine['load_average']}, {machine['torch_threads']} "
         f"torch threads, {machine['system']}, Python {machine['python']}"
     )
-    out.print(
-        f"commit: {record.commit}   versions: "
-        + ", ".join(f"{k} {v}" for k, v in record.versions.items())
-    )
+    out.print(f"commit: {record.commit}   versions: " + ", ".join(f"{k} {v}" for k, v in record.versions.items()))
     for note in record.result.notes:
         out.print(f"note: {note}")
     if record.result.goals:
@@ -92,11 +78,7 @@ def show(record: Record) -> None:
 
 
 def _title(column: str) -> str:
-    return (
-        column.removesuffix("_seconds").removesuffix("_bytes").replace("_", " ")
-        if column != "seconds"
-        else "median"
-    )
+    return column.removesuffix("_seconds").removesuffix("_bytes").replace("_", " ") if column != "seconds" else "median"
 
 
 def cell(column: str, value: Any) -> str:

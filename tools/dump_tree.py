@@ -1,0 +1,202 @@
+"""The tree: what a model is made of, equal blocks collapsed, and how much of it each part is.
+
+Numbers of a collapsed line are those of all its copies together, so that every column adds up to the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+from torch import fx
+
+from ..ir.cost import cost
+from ..ir.program import Program
+from .console import count, short, size
+from .describe import describe_all, type_text
+from .sites import Part, collapse, common_origin, find_parts, join_origins
+from .sizes import sizes_text, with_defaults
+
+_STYLES = {
+    "block": "bold",
+    "group": "bold",
+    "stream": "bold",
+    "attention": "cyan",
+    "mlp": "green",
+    "conv": "magenta",
+    "mixer": "yellow",
+}
+_BAR_WIDTH = 10
+_DETAIL_WIDTH = 76
+
+
+@dataclass
+class _Amounts:
+    nodes: int = 0
+    params: int = 0
+    macs: int = 0
+
+
+class _Ledger:
+    """Nodes, parameters and MACs of a set of operators; a weight counts where it is read first."""
+
+    def __init__(self, program: Program, sizes: dict[str, int]) -> None:
+        self.macs = {item.node: int(item.macs) for item in cost(program).at(**sizes).nodes}
+        self.params: dict[fx.Node, int] = {}
+        self.shared: dict[fx.Node, list[str]] = {}
+        owner: set[str] = set()
+        for node in program.graph.nodes:
+            for operand in node.all_input_nodes:
+                name = str(operand.target)
+                if operand.op != "get_attr" or name not in program.weights:
+                    continue
+                if name in owner:
+                    self.shared.setdefault(node, []).append(name)
+                else:
+                    owner.add(name)
+                    self.params[node] = self.params.get(node, 0) + program.weights[name].numel
+
+    def of(self, nodes: Iterable[fx.Node]) -> _Amounts:
+        """The sums over operators."""
+        total = _Amounts()
+        for node in nodes:
+            total.nodes += 1
+            total.params += self.params.get(node, 0)
+            total.macs += self.macs.get(node.name, 0)
+        return total
+
+
+def tree(program: Program, title: str, sizes: dict[str, int]) -> RenderableType:
+    """The tree of a program's main graph.
+
+    Args:
+        program: the program.
+        title: its first line.
+        sizes: sizes of dynamic dimensions; others take those of the traced example.
+    """
+    sizes = with_defaults(sizes, program)
+    ledger = _Ledger(program, sizes)
+    parts = collapse(find_parts(program))
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim", show_footer=False)
+    table.add_column("", no_wrap=True)
+    for name in ("operators", "parameters"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("share", no_wrap=True)
+    table.add_column("MACs", justify="right", no_wrap=True)
+    table.add_column("made of", overflow="ellipsis", max_width=_DETAIL_WIDTH, no_wrap=True)
+    table.add_column("from", style="dim", no_wrap=True)
+    whole = ledger.of(node for part in parts for node in part.all_nodes())
+    _add_rows(table, parts, "", ledger, max(program.parameter_count, 1), 1)
+    total = [Text("whole", style="bold"), f"{whole.nodes:,}", short(whole.params), "", short(whole.macs), "", ""]
+    table.add_row(*total)
+    return Group(_header(program, title, sizes), Text(""), table, *_footnotes(program, parts, ledger))
+
+
+def _header(program: Program, title: str, sizes: dict[str, int]) -> Text:
+    dims = program.main.dims
+    entry = program.main
+    inputs = ", ".join(
+        f"{n} {type_text(p.meta.get('val'), dims)}" for n, p in zip(entry.inputs, entry.placeholders, strict=True)
+    )
+    values = zip(entry.outputs, entry.output_values, strict=True)
+    outputs = ", ".join(f"{n} {type_text(v.meta.get('val') if isinstance(v, fx.Node) else v, dims)}" for n, v in values)
+    text = Text(title, style="bold")
+    text.append(f"\n{inputs} -> {outputs}", style="not bold")
+    at = f"; MACs at {sizes_text(sizes)}" if sizes else ""
+    text.append(f"\n{count(program.parameter_count)} parameters in {size(program.weight_nbytes)}{at}", style="not bold")
+    if program.history:
+        text.append(f"\nafter {', '.join(program.history)}", style="not bold")
+    return text
+
+
+def _add_rows(table: Table, parts: Sequence[Part], indent: str, ledger: _Ledger, whole: int, times: int) -> None:
+    for position, part in enumerate(parts):
+        last = position == len(parts) - 1 and indent != ""
+        guide, below = ("└─ ", "   ") if last else ("├─ ", "│  ")
+        repeats = times * part.times
+        label = Text(indent + guide, style="dim")
+        if part.times > 1:
+            label.append(f"{part.times} x ", style="not dim bold")
+        label.append(_label(part), style=f"not dim {_STYLES.get(part.kind, '')}")
+        amounts = ledger.of(_with_copies(part))
+        table.add_row(
+            label,
+            f"{amounts.nodes:,}",
+            short(amounts.params) if amounts.params else "-",
+            _bar(amounts.params / whole),
+            short(amounts.macs) if amounts.macs else "-",
+            describe_all(part.own) if not part.children else _each(part, ledger),
+            _origins(part),
+        )
+        _add_rows(table, _children(part), indent + below, ledger, whole, repeats)
+
+
+def _children(part: Part) -> list[Part]:
+    """A part's children, each with its counterparts in the part's copies, and its leftovers as one more."""
+    children: list[Part] = []
+    for number, child in enumerate(part.children):
+        twins = [copy.children[number] for copy in part.copies if number < len(copy.children)]
+        children.append(_Twins.of(child, twins))
+    if part.own and part.children:
+        rest = Part("between", "rest", own=part.own)
+        children.append(_Twins.of(rest, [Part("between", "rest", own=copy.own) for copy in part.copies]))
+    return children
+
+
+class _Twins(Part):
+    """A part shown once for equal parts inside several copies of its parent."""
+
+    twins: list[Part]
+
+    @classmethod
+    def of(cls, part: Part, twins: list[Part]) -> _Twins:
+        made = cls(part.label, part.kind, part.own, part.children, part.signature, part.copies)
+        made.twins = twins
+        return made
+
+
+def _with_copies(part: Part) -> Iterable[fx.Node]:
+    yield from part.all_nodes()
+    for twin in getattr(part, "twins", ()):
+        yield from twin.all_nodes()
+
+
+def _label(part: Part) -> str:
+    if part.kind == "block":
+        return f"block [{', '.join(child.label for child in part.children)}]"
+    if part.kind == "group":
+        return "group of " + ", ".join(_label(child) for child in part.children)
+    return part.label
+
+
+def _each(part: Part, ledger: _Ledger) -> str:
+    return f"{short(ledger.of(part.nodes()).params)} parameters each" if part.times > 1 else ""
+
+
+def _origins(part: Part) -> str:
+    every = [part, *part.copies, *getattr(part, "twins", ())]
+    found = [common_origin(one.nodes()) for one in every]
+    return join_origins(found) if all(found) else found[0]
+
+
+def _bar(share: float) -> str:
+    filled = share * _BAR_WIDTH
+    eighths = round((filled - int(filled)) * 8)
+    bar = "█" * int(filled) + (" ▏▎▍▌▋▊▉█"[eighths] if eighths else "")
+    return f"{bar:<{_BAR_WIDTH}} {share:>4.0%}" if share else ""
+
+
+def _footnotes(program: Program, parts: Sequence[Part], ledger: _Ledger) -> list[Text]:
+    lines: list[str] = []
+    shared = sorted({name for names in ledger.shared.values() for name in names})
+    if shared:
+        shown = ", ".join(shared[:3]) + (f" and {len(shared) - 3} more" if len(shared) > 3 else "")
+        lines.append(f"read more than once, counted where read first: {shown}")
+    if program.subgraphs:
+        lines.append(f"nested graphs (control flow), not shown: {', '.join(program.subgraphs)}")
+    if all(part.kind in ("module", "rest") for part in parts):
+        lines.append("no residual stream found: shown by module")
+    return [Text(line, style="dim") for line in lines]

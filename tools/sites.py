@@ -1,0 +1,278 @@
+"""A program as nested parts, for printing: the streams' blocks with their branches, and honestly everything else.
+
+Every operator belongs to exactly one leaf: what a reader adds up is the whole program. A weight belongs to the part
+that reads it first.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import fx
+
+from ..ir.program import ORIGIN, Program
+
+if TYPE_CHECKING:
+    from ..ir.structure import Stream
+
+
+@dataclass
+class Part:
+    """A named set of operators.
+
+    Attributes:
+        label: what it is (``block``, ``attention``, ``before the stream``).
+        kind: for colors and clusters: ``block``, ``attention``, ``mlp``, ``stream``, ``rest``...
+        own: operators that are in none of the children.
+        children: parts inside it.
+        signature: equal for parts that are the same up to names and weights' values; empty if never.
+        times: how many equal parts this one stands for; then `copies` holds the others.
+        copies: the parts that were collapsed into this one.
+    """
+
+    label: str
+    kind: str
+    own: list[fx.Node] = field(default_factory=list)
+    children: list[Part] = field(default_factory=list)
+    signature: str = ""
+    copies: list[Part] = field(default_factory=list)
+
+    @property
+    def times(self) -> int:
+        """How many equal parts this one stands for."""
+        return 1 + len(self.copies)
+
+    def nodes(self) -> Iterator[fx.Node]:
+        """All operators in it and its children (of one copy)."""
+        yield from self.own
+        for child in self.children:
+            yield from child.all_nodes()
+
+    def all_nodes(self) -> Iterator[fx.Node]:
+        """All operators in it, its children and its copies."""
+        yield from self.nodes()
+        for copy in self.copies:
+            yield from copy.all_nodes()
+
+
+def is_operator(node: fx.Node) -> bool:
+    """Whether a node computes something (it is no input, weight or output)."""
+    return node.op == "call_function"
+
+
+def find_parts(program: Program) -> list[Part]:
+    """The main graph's parts in execution order, nothing collapsed. Without a residual stream: by module."""
+    from ..ir.structure import structure
+
+    streams = structure(program).streams
+    return _stream_parts(program, streams) if streams else module_parts(program)
+
+
+def _stream_parts(program: Program, streams: Sequence[Stream]) -> list[Part]:
+    graph = program.graph
+    place, parts = _skeleton(streams)
+    reach: dict[fx.Node, tuple[int, int]] = {}
+    points = {p: (k, i) for k, stream in enumerate(streams) for i, p in enumerate(stream.points)}
+    first_needs = _leads_to([stream.points[0] for stream in streams])
+    beside = Part("beside the stream", "rest")
+    for node in graph.nodes:
+        reach[node] = max((reach[a] for a in node.all_input_nodes), default=(-1, -1))
+        if not is_operator(node):
+            continue
+        before = reach[node]
+        if node in points:
+            reach[node] = points[node]
+        if node in place:
+            place[node].own.append(node)
+        elif node in first_needs:
+            parts[first_needs[node]].children[0].own.append(node)
+        elif before == (-1, -1):
+            beside.own.append(node)
+        else:
+            _between(parts[before[0]], streams[before[0]], before[1]).own.append(node)
+    if len(streams) == 1:
+        result = [*parts[0].children]
+    else:
+        result = parts
+    result.append(beside)
+    return _without_empty(result)
+
+
+def _skeleton(streams: Sequence[Stream]) -> tuple[dict[fx.Node, Part], list[Part]]:
+    """The parts without their leftovers, and the branch that each branch operator belongs to."""
+    place: dict[fx.Node, Part] = {}
+    parts: list[Part] = []
+    for number, stream in enumerate(streams):
+        part = Part(
+            f"stream {number}" if len(streams) > 1 else "stream", "stream", children=[Part("before the stream", "rest")]
+        )
+        for block in stream.blocks:
+            site = Part("block", "block", signature=f"{block.shape_class}")
+            for branch in block.branches:
+                leaf = Part(branch.kind, branch.kind)
+                site.children.append(leaf)
+                place.update((node, leaf) for node in branch.nodes if is_operator(node))
+            part.children.append(site)
+        part.children.append(Part("after the stream", "rest"))
+        parts.append(part)
+    return place, parts
+
+
+def _between(part: Part, stream: Stream, point: int) -> Part:
+    """The block that lies after stream point ``point``, or what comes after the stream."""
+    position = {p: i for i, p in enumerate(stream.points)}
+    for block, site in zip(stream.blocks, part.children[1:-1], strict=True):
+        if position.get(block.start, 0) <= point < position.get(block.end, 0):
+            return site
+    return part.children[0] if point < position.get(stream.blocks[0].start, 0) else part.children[-1]
+
+
+def _leads_to(targets: Sequence[fx.Node]) -> dict[fx.Node, int]:
+    """Every operator that a target is computed from (itself included), with the first such target's number."""
+    found: dict[fx.Node, int] = {}
+    for number, target in enumerate(targets):
+        stack = [target]
+        while stack:
+            node = stack.pop()
+            if node not in found:
+                found[node] = number
+                # A later stream that starts from an earlier one's end does not own what came before that.
+                stack.extend(a for a in node.all_input_nodes if number == 0 or not _is_late(a, targets[:number]))
+    return found
+
+
+def _is_late(node: fx.Node, earlier: Sequence[fx.Node]) -> bool:
+    return node in earlier
+
+
+def _without_empty(parts: Iterable[Part]) -> list[Part]:
+    kept: list[Part] = []
+    for part in parts:
+        part.children = _without_empty(part.children)
+        if part.own or part.children:
+            kept.append(part)
+    return kept
+
+
+def origin_tokens(origin: str) -> list[str]:
+    """A module path or ONNX node name as its components."""
+    return [token for token in re.split(r"[./]", origin) if token]
+
+
+def module_parts(program: Program, depth: int = 3) -> list[Part]:
+    """The main graph by module path, ``depth`` levels deep; for programs without a residual stream."""
+    root = Part("program", "rest")
+    index: dict[tuple[str, ...], Part] = {(): root}
+    for node in program.graph.nodes:
+        if not is_operator(node):
+            continue
+        path: tuple[str, ...] = ()
+        for token in origin_tokens(str(node.meta.get(ORIGIN) or ""))[:depth]:
+            parent, path = index[path], (*path, token)
+            if path not in index:
+                index[path] = Part(token, "module")
+                parent.children.append(index[path])
+        index[path].own.append(node)
+    for part in index.values():
+        part.signature = _signature(part)
+    top = root.children
+    if root.own:
+        top.append(Part("without a module", "rest", own=root.own))
+    return top
+
+
+def _signature(part: Part) -> str:
+    def one(node: fx.Node) -> str:
+        return f"{node.target}{getattr(node.meta.get('val'), 'shape', '')}"
+
+    return ";".join(one(node) for node in part.nodes())
+
+
+def collapse(parts: Sequence[Part], longest: int = 8) -> list[Part]:
+    """Replace runs of equal parts, or of equal groups of up to ``longest`` parts, by one that stands for all."""
+    result: list[Part] = []
+    position = 0
+    while position < len(parts):
+        period, repeats = _best_run(parts, position, longest)
+        if repeats < 2:
+            part = parts[position]
+            part.children = collapse(part.children)
+            result.append(part)
+            position += 1
+            continue
+        groups = [_group(parts[position + i * period : position + (i + 1) * period]) for i in range(repeats)]
+        head = groups[0]
+        head.copies = groups[1:]
+        head.children = collapse(head.children) if period == 1 else head.children
+        result.append(head)
+        position += period * repeats
+    return result
+
+
+def _best_run(parts: Sequence[Part], start: int, longest: int) -> tuple[int, int]:
+    """The period and number of repetitions that cover most parts from ``start``; the shortest period among equals."""
+    best = (1, 1)
+    for period in range(1, longest + 1):
+        if start + 2 * period > len(parts) or not all(p.signature for p in parts[start : start + period]):
+            break
+        repeats = 1
+        while _equal(parts, start, start + repeats * period, period):
+            repeats += 1
+        if repeats > 1 and repeats * period > best[0] * best[1]:
+            best = (period, repeats)
+    return best
+
+
+def _equal(parts: Sequence[Part], first: int, second: int, length: int) -> bool:
+    if second + length > len(parts):
+        return False
+    return all(parts[first + i].signature == parts[second + i].signature for i in range(length))
+
+
+def _group(parts: Sequence[Part]) -> Part:
+    return parts[0] if len(parts) == 1 else Part("group", "group", children=list(parts))
+
+
+def common_origin(nodes: Iterable[fx.Node]) -> str:
+    """The longest module path that all operators of a part share."""
+    shared: list[str] | None = None
+    for node in nodes:
+        origin = str(node.meta.get(ORIGIN) or "")
+        if not origin:
+            continue
+        tokens = origin_tokens(origin)
+        if shared is None:
+            shared = tokens
+            continue
+        same = 0
+        while same < min(len(shared), len(tokens)) and shared[same] == tokens[same]:
+            same += 1
+        shared = shared[:same]
+    return ".".join(shared or [])
+
+
+def join_origins(origins: Sequence[str]) -> str:
+    """Several module paths that differ in one number as one: ``model.layers.{0-3,5}``; else the first and the last."""
+    if len(set(origins)) == 1:
+        return origins[0]
+    split = [origin_tokens(origin) for origin in origins]
+    if len({len(tokens) for tokens in split}) == 1:
+        differ = [i for i in range(len(split[0])) if len({tokens[i] for tokens in split}) > 1]
+        if len(differ) == 1 and all(tokens[differ[0]].isdigit() for tokens in split):
+            numbers = _ranges([int(tokens[differ[0]]) for tokens in split])
+            braces = numbers if numbers.isdigit() or re.fullmatch(r"\d+-\d+", numbers) else "{" + numbers + "}"
+            return ".".join(braces if i == differ[0] else token for i, token in enumerate(split[0]))
+    return f"{origins[0]} ... {origins[-1]}"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
