@@ -14,6 +14,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -210,34 +211,27 @@ def measure_in_subprocess(
         timeout: seconds after which it is ended.
 
     Raises:
-        GraphlatheError: the function failed, or took too long; the message holds its last words.
+        GraphlatheError: the function failed, or took too long; the message holds its reason.
     """
-    request = json.dumps({"function": function, "arguments": dict(arguments or {})})
-    read, write = os.pipe()
-    try:
-        with os.fdopen(read) as answer:
-            process = subprocess.Popen(
-                [sys.executable, "-m", _CHILD, str(write)],
-                stdin=subprocess.PIPE,
+    with tempfile.TemporaryDirectory(prefix="graphlathe-measure-") as folder:
+        answer = Path(folder) / "answer.json"
+        request = json.dumps({"function": function, "arguments": dict(arguments or {}), "answer": str(answer)})
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", _CHILD],
+                input=request,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
-                pass_fds=(write,),
                 text=True,
+                timeout=timeout,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
             )
-            os.close(write)
-            try:
-                _, errors = process.communicate(request, timeout=timeout)
-            except subprocess.TimeoutExpired as error:
-                process.kill()
-                process.communicate()
-                raise GraphlatheError(
-                    f"{function} took more than {timeout:.0f} s",
-                    remedy="raise the limit",
-                ) from error
-            text = answer.read()
-    except OSError as error:
-        raise GraphlatheError(f"cannot measure {function} in a process of its own: {error}") from error
-    if process.returncode or not text:
-        last = [line for line in errors.splitlines() if line.strip()][-1:] or [f"exit status {process.returncode}"]
-        raise GraphlatheError(f"{function} failed in its own process: {last[0]}")
-    return Measured(**json.loads(text))
+        except subprocess.TimeoutExpired as error:
+            raise GraphlatheError(f"{function} took more than {timeout:g} s", remedy="raise the limit") from error
+        if not answer.is_file():
+            last = [line for line in done.stderr.splitlines() if line.strip()][-1:]
+            raise GraphlatheError(f"{function} ended its process with status {done.returncode}: {''.join(last)}")
+        said = json.loads(answer.read_text())
+    if "error" in said:
+        raise GraphlatheError(f"{function} failed in a process of its own: {said['error']}")
+    return Measured(**said)
