@@ -24,10 +24,18 @@ SPEECH: dict[str, Any] = {
 }
 
 
-def speech(name: str, prefix: str, layers: int, note: str = "", head: str = "Model", **settings: Any) -> ZooModel:
-    """A transformer over a convolutional feature extractor."""
+def speech(
+    name: str,
+    prefix: str,
+    layers: int,
+    note: str = "",
+    head: str = "Model",
+    sizes: tuple[Sizes, Sizes, Sizes] = WAVE_SIZES,
+    **settings: Any,
+) -> ZooModel:
+    """A transformer over a convolutional feature extractor, which gives one frame for 10 samples, less one."""
     construct = pretrained(prefix + head, f"{prefix}Config", SPEECH | {"num_hidden_layers": layers} | settings)
-    return entry(name, "audio", construct, (WAVE,), WAVE_SIZES, (layers,), note=note)
+    return entry(name, "audio", construct, (WAVE,), sizes, (layers,), note=note)
 
 
 WHISPER: dict[str, Any] = {
@@ -55,11 +63,25 @@ FIXED_MELS = "the spectrogram length is fixed: the encoder refuses any other, an
 AUDIO: tuple[ZooModel, ...] = (
     speech("wav2vec2", "Wav2Vec2", 3, head="ForCTC"),
     speech("hubert", "Hubert", 2),
-    speech("wavlm", "WavLM", 2, num_buckets=16),
     speech(
-        "wav2vec2_conformer", "Wav2Vec2Conformer", 2, position_embeddings_type="rotary", conv_depthwise_kernel_size=3
+        "wavlm",
+        "WavLM",
+        2,
+        num_buckets=16,
+        sizes=({"B": 2, "L": 400}, {"B": 3, "L": 333}, {"B": 4, "L": 640}),
+        note="traced at a batch of 2, torch.export guards that the batch is not 1",
     ),
-    speech("sew", "SEW", 2, squeeze_factor=2),
+    speech(
+        "wav2vec2_conformer", "Wav2Vec2Conformer", 2, position_embeddings_type="relative", conv_depthwise_kernel_size=3
+    ),
+    speech(
+        "sew",
+        "SEW",
+        2,
+        squeeze_factor=2,
+        sizes=({"B": 2, "L": 400}, {"B": 1, "L": 323}, {"B": 3, "L": 640}),
+        note="frames are pooled in pairs and an odd one is padded back: torch.export guards that their number is odd",
+    ),
     speech("data2vec_audio", "Data2VecAudio", 3, conv_pos_kernel_size=3),
     entry(
         "whisper",

@@ -109,16 +109,22 @@ def pair(
     name: str,
     prefix: str,
     blocks: tuple[int, int],
+    *fields: Field,
     note: str = "",
     head: str = "ForConditionalGeneration",
     **settings: Any,
 ) -> ZooModel:
-    """An encoder-decoder `<prefix><head>`, with a source and a target of independent lengths."""
+    """An encoder-decoder `<prefix><head>`, with a source and a target of independent lengths.
+
+    `fields` are inputs besides the token ids.
+    """
     construct = pretrained(prefix + head, f"{prefix}Config", TEXT | {"decoder_start_token_id": 2} | settings)
-    return entry(name, "encoder-decoder", construct, (IDS, TARGET), PAIR_SIZES, blocks, note=note)
+    return entry(name, "encoder-decoder", construct, (IDS, TARGET, *fields), PAIR_SIZES, blocks, note=note)
 
 
-def t5_like(name: str, prefix: str, blocks: tuple[int, int], note: str = "", **settings: Any) -> ZooModel:
+def t5_like(
+    name: str, prefix: str, blocks: tuple[int, int], *fields: Field, note: str = "", **settings: Any
+) -> ZooModel:
     """Sizes as T5 names them."""
     sizes = {
         "d_model": 32,
@@ -130,7 +136,7 @@ def t5_like(name: str, prefix: str, blocks: tuple[int, int], note: str = "", **s
         "relative_attention_num_buckets": 8,
         "decoder_start_token_id": 0,
     }
-    return pair(name, prefix, blocks, note, **sizes | settings)
+    return pair(name, prefix, blocks, *fields, note=note, **sizes | settings)
 
 
 def bart_like(name: str, prefix: str, blocks: tuple[int, int], note: str = "", **settings: Any) -> ZooModel:
@@ -144,14 +150,22 @@ def bart_like(name: str, prefix: str, blocks: tuple[int, int], note: str = "", *
         "encoder_ffn_dim": 64,
         "decoder_ffn_dim": 64,
     }
-    return pair(name, prefix, blocks, note, **sizes | settings)
+    return pair(name, prefix, blocks, note=note, **sizes | settings)
 
 
 PAIRS: tuple[ZooModel, ...] = (
     t5_like("t5", "T5", (3, 2)),
     t5_like("t5_gated", "T5", (2, 3), feed_forward_proj="gated-gelu", tie_word_embeddings=False),
     t5_like("umt5", "UMT5", (2, 3), note="every layer has its own relative position bias"),
-    t5_like("longt5", "LongT5", (2, 2), local_radius=4, encoder_attention_type="local"),
+    t5_like(
+        "longt5",
+        "LongT5",
+        (2, 2),
+        MASK,
+        local_radius=4,
+        encoder_attention_type="local",
+        note="attends within blocks of 5: torch.export guards S % 5 != 0 (padding present); it needs the mask to trace",
+    ),
     bart_like("bart", "Bart", (2, 3)),
     bart_like("mbart", "MBart", (3, 2)),
     bart_like("pegasus", "Pegasus", (2, 3)),
