@@ -1,4 +1,4 @@
-"""Decoder-only language models: grouped heads or not; rotary, ALiBi or learned positions; parallel or serial branches."""
+"""Decoder-only language models: grouped heads or not, rotary, ALiBi or learned positions, parallel branches or not."""
 
 from __future__ import annotations
 

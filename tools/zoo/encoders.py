@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .decoders import TEXT
-from .model import IDS, PAIR_SIZES, TEXT_SIZES, Field, ZooModel, entry, pretrained
+from .model import BATCH_SIZES, FIXED_IDS, IDS, PAIR_SIZES, TEXT_SIZES, Field, ZooModel, entry, pretrained
 
 MASK = Field("attention_mask", ("B", "S"), "padding")
 TYPES = Field("token_type_ids", ("B", "S"), "types")
@@ -20,17 +20,19 @@ def encoder(
     note: str = "",
     head: str = "Model",
     refused: str = "",
+    fixed: bool = False,
     **settings: Any,
 ) -> ZooModel:
     """`<prefix><head>` of `layers` layers; `fields` are inputs besides the token ids.
 
-    `refused` is the one common setting that this configuration raises at.
+    `refused` is the one common setting that this configuration raises at; `fixed` says that a trace ties the length.
     """
     settings = {
         key: value for key, value in (TEXT | {"num_hidden_layers": layers}).items() if key != refused
     } | settings
     construct = pretrained(prefix + head, f"{prefix}Config", settings)
-    return entry(name, "encoder", construct, (IDS, *fields), TEXT_SIZES, (layers,), note=note)
+    ids, sizes = (FIXED_IDS, BATCH_SIZES) if fixed else (IDS, TEXT_SIZES)
+    return entry(name, "encoder", construct, (ids, *fields), sizes, (layers,), note=note)
 
 
 ENCODERS: tuple[ZooModel, ...] = (
@@ -92,6 +94,8 @@ ENCODERS: tuple[ZooModel, ...] = (
         "Funnel",
         4,
         refused="num_hidden_layers",
+        fixed=True,
+        note="the length is fixed: relative positions are gathered at offsets computed as Python numbers",
         block_sizes=[2, 2],
         d_model=32,
         n_head=4,

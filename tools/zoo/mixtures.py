@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from .decoders import GROUPED, TEXT
-from .model import BATCH_SIZES, IDS, TEXT_SIZES, Field, Sizes, ZooModel, entry, pretrained
+from .model import BATCH_SIZES, FIXED_IDS, IDS, TEXT_SIZES, Sizes, ZooModel, entry, pretrained
 
-FIXED_IDS = Field("input_ids", ("B", 12), "ids")
 CHUNKED_SIZES: tuple[Sizes, Sizes, Sizes] = ({"B": 2, "S": 12}, {"B": 1, "S": 9}, {"B": 3, "S": 21})
 CHUNKED = (
     "the scan works on chunks of 8 steps; traced at 12, torch.export guards S > 8 (more than one chunk) and "

@@ -104,6 +104,8 @@ class Field:
 
 
 IDS = Field("input_ids", ("B", "S"), "ids")
+FIXED_IDS = Field("input_ids", ("B", 12), "ids")
+"""For models that a trace ties to one sequence length."""
 IMAGE = Field("pixel_values", ("B", 3, 32, 32))
 """For models whose position embedding ties them to one image size."""
 ANY_IMAGE = Field("pixel_values", ("B", 3, "H", "W"))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .model import BATCH_SIZES, IDS, TEXT_SIZES, VOCAB, Field, Sizes, ZooModel, entry
+from .model import BATCH_SIZES, FIXED_IDS, IDS, TEXT_SIZES, VOCAB, Field, Sizes, ZooModel, entry
 
 
 def conv_bn(
@@ -183,9 +183,8 @@ def text(name: str, construct: Callable[[], nn.Module], blocks: tuple[int, ...] 
 
 def recurrent(name: str, cell: type[nn.LSTM] | type[nn.GRU]) -> ZooModel:
     """A recurrent network over a fixed number of steps."""
-    fields = (Field("input_ids", ("B", 12), "ids"),)
     note = "the length is fixed: a trace unrolls the steps"
-    return entry(name, "plain", lambda: Recurrent(cell), fields, BATCH_SIZES, None, note=note)
+    return entry(name, "plain", lambda: Recurrent(cell), (FIXED_IDS,), BATCH_SIZES, None, note=note)
 
 
 def residual() -> nn.Module:

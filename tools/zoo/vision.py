@@ -19,10 +19,8 @@ VIT: dict[str, Any] = {
 
 PIXEL_SIZES = ({"B": 2, "H": 64, "W": 96}, {"B": 1, "H": 96, "W": 64}, {"B": 3, "H": 75, "W": 83})
 """The last is a multiple of no stride."""
-STRIDED_SIZES = ({"B": 2, "H": 64, "W": 96}, {"B": 1, "H": 96, "W": 64}, {"B": 3, "H": 128, "W": 32})
-TF_PADDING = (
-    "TensorFlow's padding depends on size modulo stride: a trace guards that height and width are multiples of 32"
-)
+STRIDED_SIZES = ({"B": 2, "H": 64, "W": 96}, {"B": 1, "H": 96, "W": 64}, {"B": 3, "H": 128, "W": 160})
+TF_PADDING = "TensorFlow's padding depends on size modulo stride: a trace guards that height and width are multiples of 32, at least 64"
 
 
 def vit(name: str, architecture: str, config: str, layers: int, note: str = FIXED_IMAGE, **settings: Any) -> ZooModel:
