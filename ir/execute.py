@@ -19,6 +19,15 @@ from .weights import Weight
 Observer = Callable[[fx.Node, Any], None]
 
 
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """Copy a graph with its metadata; linear in the number of nodes."""
+    new = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        env[node] = new.node_copy(node, env.__getitem__)
+    return new
+
+
 def last_uses(
     graph: fx.Graph, wanted: Collection[fx.Node] | None = None, alias: Mapping[fx.Node, fx.Node] | None = None
 ) -> dict[fx.Node, list[fx.Node]]:
@@ -46,7 +55,8 @@ def subgraph_module(name: str, subgraphs: Mapping[str, fx.Graph], weights: Mappi
             root[target] = (
                 subgraph_module(target, subgraphs, weights) if target in subgraphs else weights[target].tensor()
             )
-    return fx.GraphModule(root, graph, class_name=name)
+    # A copy: a module stays reachable from its graph, and would keep these tensors alive.
+    return fx.GraphModule(root, copy_graph(graph), class_name=name)
 
 
 def needed(

@@ -23,8 +23,8 @@ import torch.utils._pytree as pytree
 from torch import fx
 
 from .dims import Dims, Size
-from .errors import GraphlatheError, InputError, suggest
-from .execute import Observer, run_graph
+from .errors import InputError, suggest
+from .execute import Observer, copy_graph, run_graph
 from .weights import Weight
 
 if TYPE_CHECKING:
@@ -118,16 +118,9 @@ class Entry:
 
     def copy(self) -> Entry:
         """An entry with a graph of its own (same values, same symbols)."""
-        return replace(self, graph=copy_graph(self.graph), arguments=dict(self.arguments), constants=dict(self.constants))
-
-
-def copy_graph(graph: fx.Graph) -> fx.Graph:
-    """Copy a graph with its metadata; linear in the number of nodes."""
-    new = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        env[node] = new.node_copy(node, env.__getitem__)
-    return new
+        return replace(
+            self, graph=copy_graph(self.graph), arguments=dict(self.arguments), constants=dict(self.constants)
+        )
 
 
 def spec_of(name: str, node: Any) -> ValueSpec:
@@ -225,7 +218,9 @@ class Program:
         given: dict[str, Any] = {}
         names = list(target.arguments) or list(target.inputs)
         if len(args) > len(names):
-            raise InputError(f"{len(args)} positional inputs given", expected=f"at most {len(names)}: {', '.join(names)}")
+            raise InputError(
+                f"{len(args)} positional inputs given", expected=f"at most {len(names)}: {', '.join(names)}"
+            )
         for name, value in [*zip(names, args, strict=False), *kwargs.items()]:
             if name in target.constants:
                 if value != target.constants[name]:
@@ -239,7 +234,9 @@ class Program:
             ports = target.arguments.get(name, (name,) if name in target.inputs else None)
             if ports is None:
                 known = [*names, *(i for i in target.inputs if i not in names)]
-                raise InputError(f"unknown input '{name}'{suggest(name, known)}", expected=f"inputs: {', '.join(known)}")
+                raise InputError(
+                    f"unknown input '{name}'{suggest(name, known)}", expected=f"inputs: {', '.join(known)}"
+                )
             if len(leaves) != len(ports):
                 raise InputError(f"'{name}' holds {len(leaves)} tensors", expected=f"{len(ports)}: {', '.join(ports)}")
             for port, leaf in zip(ports, leaves, strict=True):
@@ -251,7 +248,9 @@ class Program:
                 given[pair.input] = self.weights[pair.initial].tensor()
         missing = [name for name in target.inputs if name not in given]
         if missing:
-            raise InputError(f"missing input {', '.join(repr(m) for m in missing)}", expected=f"inputs: {', '.join(target.inputs)}")
+            raise InputError(
+                f"missing input {', '.join(repr(m) for m in missing)}", expected=f"inputs: {', '.join(target.inputs)}"
+            )
         return given
 
     def check_feeds(self, feeds: Mapping[str, Any], entry: str = "main") -> dict[str, int]:
@@ -273,7 +272,9 @@ class Program:
                 raise InputError(f"input '{name}' is a {type(value).__name__}", expected=f"a {spec.dtype} tensor")
             if value.dtype != spec.dtype:
                 raise InputError(
-                    f"input '{name}' has dtype {value.dtype}", expected=str(spec.dtype), remedy=f"convert it with .to({spec.dtype})"
+                    f"input '{name}' has dtype {value.dtype}",
+                    expected=str(spec.dtype),
+                    remedy=f"convert it with .to({spec.dtype})",
                 )
             target.dims.bind(name, spec.shape, value.shape, sizes)
         target.dims.check(sizes)
@@ -371,4 +372,4 @@ def no_symbols(value: Any) -> bool:
     return not isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
-__all__ = ["Entry", "GraphlatheError", "Outputs", "Program", "StatePair", "ValueSpec", "copy_graph", "no_symbols", "spec_of"]
+__all__ = ["Entry", "Outputs", "Program", "StatePair", "ValueSpec", "copy_graph", "no_symbols", "spec_of"]

@@ -6,8 +6,6 @@ It infers ``meta["val"]``, copies the origin, stamps the pass that made a node, 
 
 from __future__ import annotations
 
-import builtins
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from .errors import GraphlatheError, UnsupportedOpError, VerifyError
+from .errors import VerifyError
+from .infer import fake_weight, infer
 from .program import MADE_BY, ORIGIN, Entry, Program
 from .weights import Weight
 
@@ -86,15 +85,9 @@ class Rewriter:
             VerifyError: the operator refuses arguments of these shapes and dtypes.
         """
         node = self.graph.call_function(target, args, kwargs)
-        node.meta["val"] = (
-            like.meta["val"]
-            if same_value and like is not None
-            else infer(self.program, node)
-        )
+        node.meta["val"] = like.meta["val"] if same_value and like is not None else infer(self.program, node)
         node.meta[MADE_BY] = self.made_by
-        source = like or next(
-            (a for a in node.all_input_nodes if a.meta.get(ORIGIN)), None
-        )
+        source = like or next((a for a in node.all_input_nodes if a.meta.get(ORIGIN)), None)
         if source is not None and source.meta.get(ORIGIN):
             node.meta[ORIGIN] = source.meta[ORIGIN]
         self._mutated("create", node)
@@ -106,16 +99,12 @@ class Rewriter:
         A new node goes to the top of the graph, so that it may be used anywhere.
         """
         if self._weights is None:
-            self._weights = {
-                str(n.target): n for n in self.graph.find_nodes(op="get_attr")
-            }
+            self._weights = {str(n.target): n for n in self.graph.find_nodes(op="get_attr")}
         changed = weight is not None and self.program.weights.get(name) is not weight
         if weight is not None:
             self.program.weights[name] = weight
         elif name not in self.program.weights:
-            raise VerifyError(
-                f"no weight '{name}' in the program", pass_name=self.made_by
-            )
+            raise VerifyError(f"no weight '{name}' in the program", pass_name=self.made_by)
         node = self._weights.get(name)
         if node is None:
             anchor = next(n for n in self.graph.nodes if n.op != "placeholder")
@@ -159,9 +148,7 @@ class Rewriter:
         """Write a number (also a truth value) where ``node`` was read, and erase ``node``."""
         for user in list(node.users):
             user.args = fx.node.map_arg(user.args, lambda a: number if a is node else a)
-            user.kwargs = fx.node.map_arg(
-                user.kwargs, lambda a: number if a is node else a
-            )
+            user.kwargs = fx.node.map_arg(user.kwargs, lambda a: number if a is node else a)
         self._mutated("replace", node)
         self.erase(node)
 
@@ -171,9 +158,7 @@ class Rewriter:
         user.replace_input_with(old, new)
         self._mutated("replace", user)
 
-    def set_args(
-        self, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any] | None = None
-    ) -> None:
+    def set_args(self, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> None:
         """Give a node other arguments and infer its value again."""
         node.args = tuple(args)
         if kwargs is not None:
@@ -204,11 +189,7 @@ class Rewriter:
         """Erase every node that no output needs, in one backward walk; returns how many."""
         erased = 0
         for node in reversed(list(self.graph.nodes)):
-            if (
-                not node.users
-                and node.op not in ("placeholder", "output")
-                and not has_effect(node)
-            ):
+            if not node.users and node.op not in ("placeholder", "output") and not has_effect(node):
                 self.erase(node)
                 erased += 1
         return erased
@@ -218,56 +199,10 @@ def has_effect(node: fx.Node) -> bool:
     """Whether a node must be kept although nothing reads it (an assertion on data, a mutation)."""
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
-        return (
-            target._schema.is_mutable
-            or target.namespace == "aten"
-            and target._opname in ("_assert_async", "_assert_scalar")
+        return target._schema.is_mutable or (
+            target.namespace == "aten" and target._opname in ("_assert_async", "_assert_scalar")
         )
     return False
-
-
-def fake_weight(program: Program, weight: Weight) -> torch.Tensor:
-    """A fake tensor of a weight's shape and dtype."""
-    with program.fake_mode:
-        return torch.empty(weight.shape, dtype=weight.dtype)
-
-
-def infer(program: Program, node: fx.Node) -> Any:
-    """Infer a node's value (fake tensors, symbolic numbers) from its arguments' values.
-
-    Raises:
-        VerifyError: the operator refuses them.
-        UnsupportedOpError: the operator has no shape inference.
-    """
-    args = fx.node.map_arg(node.args, _value_of)
-    kwargs = fx.node.map_arg(node.kwargs, _value_of)
-    try:
-        with program.fake_mode, torch.no_grad():
-            return node.target(*args, **kwargs)  # type: ignore[operator]
-    except GraphlatheError:
-        raise
-    except NotImplementedError as error:
-        raise UnsupportedOpError(
-            f"{node.target} has no shape inference: {error}",
-            node=node.name,
-            origin=node.meta.get(ORIGIN),
-        ) from error
-    except Exception as error:
-        raise VerifyError(
-            f"{node.target} refuses its arguments: {error}",
-            node=node.name,
-            origin=node.meta.get(ORIGIN),
-        ) from error
-
-
-def _value_of(node: fx.Node) -> Any:
-    if "val" not in node.meta:
-        raise VerifyError(
-            "a value without shape is used",
-            node=node.name,
-            origin=node.meta.get(ORIGIN),
-        )
-    return node.meta["val"]
 
 
 def check_same_type(old: fx.Node, new: fx.Node, pass_name: str) -> None:
@@ -276,8 +211,7 @@ def check_same_type(old: fx.Node, new: fx.Node, pass_name: str) -> None:
     if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
         return
     sizes_differ = any(
-        isinstance(x, int) and isinstance(y, int) and x != y
-        for x, y in builtins.zip(a.shape, b.shape, strict=False)
+        isinstance(x, int) and isinstance(y, int) and x != y for x, y in zip(a.shape, b.shape, strict=False)
     )
     if a.dtype != b.dtype or a.dim() != b.dim() or sizes_differ:
         raise VerifyError(
@@ -295,10 +229,7 @@ def is_op(node: Any, *targets: Any) -> bool:
         return False
     return any(
         node.target is t
-        or (
-            isinstance(t, torch._ops.OpOverloadPacket)
-            and getattr(node.target, "overloadpacket", None) is t
-        )
+        or (isinstance(t, torch._ops.OpOverloadPacket) and getattr(node.target, "overloadpacket", None) is t)
         for t in targets
     )
 

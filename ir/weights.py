@@ -9,6 +9,7 @@ really differ, and a model larger than memory can be cut and exported.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +21,7 @@ import torch
 
 from .errors import GraphlatheError, ImportModelError
 
-# Content hashes of file-backed weights above this size are taken from evenly spaced samples: a fingerprint of an
+# Content hashes of weights above this size are taken from evenly spaced samples: a fingerprint of an
 # 8B-parameter model must not read 16 GB.
 _SAMPLED_ABOVE_BYTES = 64 << 20
 _SAMPLES = 64
@@ -64,12 +65,14 @@ class FileSource:
         offset: bytes from the start of the file to the first element.
         shape: the array's shape.
         dtype: the array's element type.
+        version: what `file_version` said when the offset was read; a file that changed since is refused.
     """
 
     path: Path
     offset: int
     shape: tuple[int, ...]
     dtype: torch.dtype
+    version: tuple[int, ...] | None = None
 
     def load(self) -> torch.Tensor:
         """Map the range; pages are read when touched, and stay clean (the kernel can drop them)."""
@@ -77,17 +80,53 @@ class FileSource:
         if nbytes == 0:
             return torch.empty(self.shape, dtype=self.dtype)
         try:
-            # Copy-on-write: PyTorch has no read-only tensors, and a stray in-place write must not reach the file.
-            raw = np.memmap(self.path, dtype=np.uint8, mode="c", offset=self.offset, shape=(nbytes,))
+            with open(self.path, "rb") as file:
+                self._check_version(file.fileno())
+                # Copy-on-write: PyTorch has no read-only tensors, and a stray in-place write must not reach the file.
+                raw = np.memmap(file, dtype=np.uint8, mode="c", offset=self.offset, shape=(nbytes,))
         except (OSError, ValueError) as error:
-            raise ImportModelError(
-                f"cannot read {nbytes} bytes at offset {self.offset} of '{self.path}': {error}",
-                remedy="check that the file is complete and readable",
-            ) from error
+            raise self._unreadable(nbytes, error) from error
         flat = torch.from_numpy(raw)
         if self.offset % self.dtype.itemsize:
             flat = flat.clone()  # `view` needs alignment; safetensors aligns, other writers may not
         return flat.view(self.dtype).reshape(self.shape)
+
+    def read(self, start: int, count: int) -> bytes:
+        """``count`` bytes from ``start`` of the array, by an ordinary read."""
+        try:
+            with open(self.path, "rb") as file:
+                self._check_version(file.fileno())
+                file.seek(self.offset + start)
+                piece = file.read(count)
+        except OSError as error:
+            raise self._unreadable(count, error) from error
+        if len(piece) < count:
+            raise ImportModelError(
+                f"'{self.path}' ends {count - len(piece)} bytes early", remedy="download or copy the file again"
+            )
+        return piece
+
+    def _check_version(self, descriptor: int) -> None:
+        if self.version is not None and _version(os.fstat(descriptor)) != self.version:
+            raise ImportModelError(
+                f"'{self.path}' was changed or replaced after the weights were opened",
+                remedy="load the program again",
+            )
+
+    def _unreadable(self, nbytes: int, error: Exception) -> ImportModelError:
+        return ImportModelError(
+            f"cannot read {nbytes} bytes at offset {self.offset} of '{self.path}': {error}",
+            remedy="check that the file is complete and readable",
+        )
+
+
+def file_version(path: Path) -> tuple[int, ...]:
+    """What tells a file from another one that took its place: device, inode, size, time of change."""
+    return _version(os.stat(path))
+
+
+def _version(stat: os.stat_result) -> tuple[int, ...]:
+    return (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +141,26 @@ class MetaSource:
             f"a weight of shape {list(self.shape)} has no numbers: the model was traced on the meta device",
             remedy="load the checkpoint itself to run, calibrate or export it",
         )
+
+
+@dataclass(frozen=True, eq=False)
+class RandomSource:
+    """Random numbers that depend on a name alone: what stands for a weight when only its description is known.
+
+    Floating-point numbers are normal with variance 1 / (number of columns); integers and booleans are 0 or 1.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def load(self) -> torch.Tensor:
+        seed = int.from_bytes(hashlib.blake2b(self.name.encode(), digest_size=7).digest(), "little")
+        generator = torch.Generator().manual_seed(seed)
+        if not (self.dtype.is_floating_point or self.dtype.is_complex):
+            return torch.randint(0, 2, self.shape, generator=generator).to(self.dtype)
+        values = torch.randn(self.shape, generator=generator) / max(1, self.shape[-1] if self.shape else 1) ** 0.5
+        return values.to(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -283,26 +342,19 @@ class Weight:
         if isinstance(self.source, FileSource) and not self.steps:
             yield from self._file_chunks(self.source, limit)
             return
-        flat = self.tensor().contiguous().reshape(-1).view(torch.uint8) if self.numel else torch.empty(0, dtype=torch.uint8)
-        data = flat.cpu().numpy()
+        data = self._bytes()
         for start in range(0, len(data), limit):
             yield memoryview(data[start : start + limit])
 
     def _file_chunks(self, source: FileSource, limit: int) -> Iterator[memoryview]:
-        left = self.nbytes
-        with open(source.path, "rb") as file:
-            file.seek(source.offset)
-            while left:
-                piece = file.read(min(limit, left))
-                if not piece:
-                    raise ImportModelError(
-                        f"'{source.path}' ends {left} bytes early", remedy="download or copy the file again"
-                    )
-                left -= len(piece)
-                yield memoryview(piece)
+        for start in range(0, self.nbytes, limit):
+            yield memoryview(source.read(start, min(limit, self.nbytes - start)))
 
     def digest(self) -> str:
-        """Eight hex digits of a content hash (sampled for file-backed weights above 64 MiB), computed once."""
+        """Eight hex digits of a content hash (of samples above 64 MiB), computed once.
+
+        It depends on shape, dtype and numbers alone: the same weight in memory and in a file has one digest.
+        """
         return self._digest
 
     @cached_property
@@ -311,15 +363,25 @@ class Weight:
         state.update(f"{self.dtype} {list(self.shape)}".encode())
         if self.is_meta:
             return state.hexdigest()
-        if isinstance(self.source, FileSource) and not self.steps and self.nbytes > _SAMPLED_ABOVE_BYTES:
-            with open(self.source.path, "rb") as file:
-                for i in range(_SAMPLES):
-                    file.seek(self.source.offset + i * (self.nbytes - _SAMPLE_BYTES) // (_SAMPLES - 1))
-                    state.update(file.read(_SAMPLE_BYTES))
-        else:
+        if self.nbytes <= _SAMPLED_ABOVE_BYTES:
             for piece in self.chunks():
                 state.update(piece)
+            return state.hexdigest()
+        starts = [i * (self.nbytes - _SAMPLE_BYTES) // (_SAMPLES - 1) for i in range(_SAMPLES)]
+        if isinstance(self.source, FileSource) and not self.steps:
+            for start in starts:
+                state.update(self.source.read(start, _SAMPLE_BYTES))
+        else:
+            data = self._bytes()
+            for start in starts:
+                state.update(memoryview(data[start : start + _SAMPLE_BYTES]))
         return state.hexdigest()
+
+    def _bytes(self) -> np.ndarray:
+        """The row-major bytes, materialised."""
+        if not self.numel:
+            return np.empty(0, dtype=np.uint8)
+        return self.tensor().contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
 
 
 def _is_fake(tensor: torch.Tensor) -> bool:
