@@ -111,7 +111,10 @@ def _is_projection(node: fx.Node, env: Mapping[fx.Node, Any]) -> bool:
 
 
 def origin_of(node: fx.Node) -> str:
-    """The module path that a captured node came from."""
+    """The module path that a captured node came from, or the name that a front end recorded for it."""
+    recorded = (node.meta.get("custom") or {}).get(ORIGIN)
+    if recorded:
+        return str(recorded)
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return ""

@@ -1,0 +1,167 @@
+"""ONNX front end: an ``.onnx`` file to `Program`, by partial evaluation.
+
+The ONNX graph is walked in order, one small PyTorch function per operator, and `torch.export` traces the walk. Dynamic
+dimensions keep the names that the file gives them; initializers become lazy weights under their own names; node names
+become origins.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.fx import traceback
+
+from ..errors import ImportModelError, UnsupportedOpError, suggest
+from ..from_torch import trace
+from ..program import ORIGIN, Program
+from .model_file import DTYPES, OnnxModel, read_model
+from .registry import supported
+from .walk import Walk, check_supported, graph_inputs
+
+_EXAMPLES: tuple[tuple[int, int], ...] = ((3, 224), (4, 64), (3, 7))
+"""Example sizes to try, one after the other: that of the first dynamic dimension of token ids (and of any batch), and
+that of the first spatial one. Sizes cost nothing (nothing is computed); only room for a few convolutions matters, and
+positions must not run out."""
+
+
+def from_onnx(path: str | os.PathLike[str], *, sizes: Mapping[str, int] | None = None, static: bool = False) -> Program:
+    """Import an ONNX file.
+
+    Args:
+        path: the file; its external data must lie in the same folder (or below).
+        sizes: example sizes of dynamic dimensions by name, for models that only take some (an image size that must be
+            a multiple of 32). Sizes that the importer chooses do for most.
+        static: fix dynamic dimensions at ``sizes``, which must then name all of them.
+
+    Returns:
+        A program with the file's input and output names, its dynamic dimensions by name, its initializers as weights.
+
+    Raises:
+        ImportModelError: the file is missing, truncated or malformed; its data lies outside its folder; a shape
+            depends on data; or a dimension that it declares dynamic is not.
+        UnsupportedOpError: an operator is not known.
+    """
+    model = read_model(Path(path))
+    check_supported(model)
+    ports = [_Port(port) for port in model.graph.input if port.name in set(graph_inputs(model))]
+    names = list(dict.fromkeys(name for port in ports for name in port.dims.values()))
+    for name in sizes or {}:
+        if name not in names:
+            raise ImportModelError(
+                f"the model has no dynamic dimension '{name}'{suggest(name, names)}",
+                expected=", ".join(names) or "none",
+            )
+    if static and any(name not in (sizes or {}) for name in names):
+        raise ImportModelError("static=True needs the size of every dynamic dimension", expected=", ".join(names))
+    program, walk = _trace(model, ports, dict(sizes or {}), static)
+    _rename(program, walk, ports, [output.name for output in model.graph.output])
+    program.metadata |= {
+        "producer": model.proto.producer_name or "onnx",
+        "source": model.source,
+        "opset": str(model.opset),
+    }
+    program.metadata |= {entry.key: entry.value for entry in model.proto.metadata_props}
+    return program
+
+
+class _Port:
+    """A graph input: its name, element type, shape, and the names of its dynamic dimensions by axis."""
+
+    def __init__(self, proto: Any) -> None:
+        self.name: str = proto.name
+        kind = proto.type.tensor_type
+        if not proto.type.HasField("tensor_type") or kind.elem_type not in DTYPES:
+            raise ImportModelError(f"the input '{self.name}' is no tensor of a type that torch has")
+        if not kind.HasField("shape"):
+            raise ImportModelError(
+                f"the input '{self.name}' has no rank", remedy="give it a shape in the file; sizes may be dynamic"
+            )
+        self.dtype = DTYPES[kind.elem_type]
+        self.fixed: list[int] = []
+        self.dims: dict[int, str] = {}
+        for axis, dim in enumerate(kind.shape.dim):
+            self.fixed.append(dim.dim_value)
+            if not dim.HasField("dim_value"):
+                self.dims[axis] = identifier(dim.dim_param or f"{self.name}_{axis}")
+
+    def example(self, sizes: Mapping[str, int]) -> torch.Tensor:
+        """A tensor of that shape (of ones: a mask then hides nothing, an index exists)."""
+        return torch.ones(
+            [sizes[self.dims[a]] if a in self.dims else n for a, n in enumerate(self.fixed)], dtype=self.dtype
+        )
+
+
+def identifier(name: str) -> str:
+    """A name as a Python identifier."""
+    text = re.sub(r"\W+", "_", name)
+    return f"_{text}" if not text or text[0].isdigit() else text
+
+
+def _examples(ports: list[_Port], given: Mapping[str, int]) -> list[dict[str, int]]:
+    """Sizes to trace at: all different first; then equal by axis, for files that give one size two names."""
+    spatial: dict[str, bool] = {}
+    axes: dict[str, int] = {}
+    for port in ports:
+        for axis, name in port.dims.items():
+            axes.setdefault(name, axis)
+            spatial[name] = spatial.get(name, True) and axis > 0 and port.dtype.is_floating_point
+    tries: list[dict[str, int]] = []
+    for by_axis in (False, True):
+        for small, large in _EXAMPLES:
+            sizes = {
+                name: large + 32 * (axes[name] if by_axis else i)
+                if spatial[name]
+                else small + (axes[name] if by_axis else i)
+                for i, name in enumerate(axes)
+            }
+            tries.append(sizes | {name: size for name, size in given.items() if name in sizes})
+    return [sizes for i, sizes in enumerate(tries) if sizes not in tries[:i]]
+
+
+def _trace(model: OnnxModel, ports: list[_Port], given: dict[str, int], static: bool) -> tuple[Program, Walk]:
+    first: ImportModelError | None = None
+    for sizes in _examples(ports, given):
+        walk = Walk(model)
+        dynamic = {f"inputs.{i}": port.dims for i, port in enumerate(ports) if port.dims}
+        try:
+            with traceback.preserve_node_meta():
+                example = [port.example(sizes) for port in ports]
+                return trace(walk, (example,), dynamic=None if static or not dynamic else dynamic), walk
+        except UnsupportedOpError:
+            raise
+        except ImportModelError as error:
+            first = first or error
+    assert first is not None
+    raise first
+
+
+def _rename(program: Program, walk: Walk, ports: list[_Port], outputs: list[str]) -> None:
+    """Give inputs, outputs and weights the file's names, weights their numbers, and nodes their origins."""
+    entry = program.main
+    by_leaf = {f"inputs.{i}": port.name for i, port in enumerate(ports)}
+    for name, node in zip(entry.inputs, entry.placeholders, strict=True):
+        node.target = identifier(by_leaf[name])
+        node._rename(identifier(by_leaf[name]))
+        node.meta[ORIGIN] = by_leaf[name]
+    entry.inputs = tuple(by_leaf[name] for name in entry.inputs)
+    entry.arguments = {name: (name,) for name in entry.inputs}
+    entry.outputs = tuple(outputs)
+    entry.bare_output = outputs == ["output"]
+    for graph in program.graphs.values():
+        for node in graph.nodes:
+            if node.op == "get_attr" and str(node.target) in walk.names:
+                node.target = walk.names[str(node.target)]
+                node.meta[ORIGIN] = str(node.target).rpartition(".")[0]
+    program.weights = {
+        walk.names.get(name, name): walk.stored[walk.names[name]] if name in walk.names else weight
+        for name, weight in program.weights.items()
+    }
+    program.tied = {walk.names.get(a, a): walk.names.get(b, b) for a, b in program.tied.items()}
+
+
+__all__ = ["from_onnx", "supported"]

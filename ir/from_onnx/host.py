@@ -1,0 +1,282 @@
+"""Shape arithmetic on the host: the operators that exporters build shapes with, on Python and symbolic numbers."""
+
+from __future__ import annotations
+
+import math
+import operator as py
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from .registry import host_operator
+from .values import MAX_HOST_ELEMENTS, NUMPY, SYMBOLIC, Host, Number
+
+
+def _rounded(items: Sequence[Number], dtype: torch.dtype) -> tuple[Number, ...]:
+    """Round concrete floating-point results to the element type, as the operator itself would."""
+    if not dtype.is_floating_point:
+        return tuple(items)
+    kind = np.dtype(NUMPY[dtype]).type
+    return tuple(item if isinstance(item, SYMBOLIC) else float(kind(item)) for item in items)
+
+
+def _elementwise(function: Callable[..., Number], *hosts: Host, dtype: torch.dtype | None = None) -> Any:
+    dtype = dtype or hosts[0].dtype
+    if dtype == torch.bfloat16 or any(h.dtype == torch.bfloat16 for h in hosts):
+        return NotImplemented  # numpy has no such type to round to
+    if dtype.is_floating_point and not all(h.is_concrete for h in hosts):
+        return NotImplemented
+    length = max((len(h.items) for h in hosts), default=0)
+    if any(len(h.items) not in (1, length) for h in hosts):
+        return NotImplemented
+    columns = [h.items * length if len(h.items) == 1 else h.items for h in hosts]
+    items = [function(*row) for row in zip(*columns, strict=True)]
+    return Host(_rounded(items, dtype), dtype, is_scalar=all(h.is_scalar for h in hosts))
+
+
+def _truncated_division(a: Number, b: Number) -> Number:
+    """ONNX divides integers toward zero; symbolic sizes are never negative, where floor and truncation agree."""
+    if isinstance(a, SYMBOLIC) or isinstance(b, SYMBOLIC):
+        return a // b
+    if isinstance(a, float):
+        return a / b
+    return abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
+
+
+@host_operator("Add")
+def add(a: Host, b: Host) -> Any:
+    return _elementwise(py.add, a, b)
+
+
+@host_operator("Sub")
+def sub(a: Host, b: Host) -> Any:
+    return _elementwise(py.sub, a, b)
+
+
+@host_operator("Mul")
+def mul(a: Host, b: Host) -> Any:
+    return _elementwise(py.mul, a, b)
+
+
+@host_operator("Div")
+def div(a: Host, b: Host) -> Any:
+    if any(not isinstance(item, SYMBOLIC) and item == 0 for item in b.items):
+        return NotImplemented
+    return _elementwise(_truncated_division, a, b)
+
+
+@host_operator("Mod")
+def mod(a: Host, b: Host, *, fmod: int = 0) -> Any:
+    if fmod or any(not isinstance(item, SYMBOLIC) and item == 0 for item in b.items):
+        return NotImplemented
+    return _elementwise(py.mod, a, b)
+
+
+@host_operator("Neg")
+def neg(a: Host) -> Any:
+    return _elementwise(py.neg, a)
+
+
+@host_operator("Sqrt")
+def sqrt(a: Host) -> Any:
+    if not a.is_concrete or any(item < 0 for item in a.items):
+        return NotImplemented
+    return _elementwise(math.sqrt, a)
+
+
+@host_operator("Reciprocal")
+def reciprocal(a: Host) -> Any:
+    if any(not isinstance(item, SYMBOLIC) and item == 0 for item in a.items):
+        return NotImplemented
+    return _elementwise(lambda x: 1.0 / x, a)
+
+
+@host_operator("Min")
+def minimum(*hosts: Host) -> Any:
+    return _folded(torch.sym_min, hosts)
+
+
+@host_operator("Max")
+def maximum(*hosts: Host) -> Any:
+    return _folded(torch.sym_max, hosts)
+
+
+def _folded(function: Callable[[Number, Number], Number], hosts: Sequence[Host]) -> Any:
+    result: Any = hosts[0].unnamed()
+    for each in hosts[1:]:
+        result = _elementwise(function, result, each)
+        if result is NotImplemented:
+            return result
+    return result
+
+
+def _compared(function: Callable[[Number, Number], Number]) -> Callable[[Host, Host], Any]:
+    # Comparing sizes decides which way a shape is built; the decision becomes a guard of the program.
+    def compare(a: Host, b: Host) -> Any:
+        return _elementwise(lambda x, y: bool(function(x, y)), a, b, dtype=torch.bool)
+
+    return compare
+
+
+for _name, _function in {
+    "Equal": py.eq,
+    "Less": py.lt,
+    "LessOrEqual": py.le,
+    "Greater": py.gt,
+    "GreaterOrEqual": py.ge,
+    "And": lambda x, y: x and y,
+    "Or": lambda x, y: x or y,
+}.items():
+    host_operator(_name)(_compared(_function))
+
+
+@host_operator("Not")
+def not_(a: Host) -> Any:
+    return _elementwise(lambda x: not x, a)
+
+
+@host_operator("Where")
+def where(condition: Host, a: Host, b: Host) -> Any:
+    return _elementwise(lambda c, x, y: x if c else y, condition, a, b, dtype=a.dtype)
+
+
+@host_operator("Identity")
+def identity(a: Host) -> Any:
+    return a
+
+
+@host_operator("Shape")
+def shape(a: Host, *, start: int = 0, end: int | None = None) -> Any:
+    return Host(a.shape[start:end], torch.int64)
+
+
+@host_operator("Size")
+def size(a: Host) -> Any:
+    return Host((len(a.items),), torch.int64, is_scalar=True)
+
+
+@host_operator("Gather")
+def gather(data: Host, indices: Host, *, axis: int = 0) -> Any:
+    if data.is_scalar or not indices.is_concrete:
+        return NotImplemented
+    return Host(tuple(data.items[i] for i in indices.items), data.dtype, is_scalar=indices.is_scalar)
+
+
+@host_operator("Slice")
+def slice_(data: Host, starts: Host, ends: Host, axes: Host | None = None, steps: Host | None = None) -> Any:
+    bounds = [starts, ends, *([steps] if steps else [])]
+    if data.is_scalar or not all(b.is_concrete and len(b.items) == 1 for b in bounds):
+        return NotImplemented
+    step = steps.item if steps else 1
+    end: int | None = ends.item
+    if step < 0 and end is not None and end < -len(data.items):
+        end = None
+    return Host(data.items[starts.item : end : step], data.dtype)
+
+
+@host_operator("Concat")
+def concat(*hosts: Host, axis: int) -> Any:
+    if any(h.is_scalar for h in hosts):
+        return NotImplemented
+    return Host(tuple(item for h in hosts for item in h.items), hosts[0].dtype)
+
+
+@host_operator("Split")
+def split(
+    data: Host, sizes: Host | None = None, *, axis: int = 0, num_outputs: int | None = None, n_outputs: int
+) -> Any:
+    if data.is_scalar or (sizes is not None and not sizes.is_concrete):
+        return NotImplemented
+    count = num_outputs or n_outputs
+    width = -(-len(data.items) // count)
+    lengths = sizes.items if sizes is not None else [width] * (count - 1) + [len(data.items) - width * (count - 1)]
+    parts, start = [], 0
+    for length in lengths:
+        parts.append(Host(data.items[start : start + length], data.dtype))
+        start += length
+    return tuple(parts)
+
+
+@host_operator("Unsqueeze")
+def unsqueeze(a: Host, axes: Host) -> Any:
+    return Host(a.items, a.dtype) if a.is_scalar and len(axes.items) == 1 else NotImplemented
+
+
+@host_operator("Squeeze")
+def squeeze(a: Host, axes: Host | None = None) -> Any:
+    return Host(a.items, a.dtype, is_scalar=True) if len(a.items) == 1 else NotImplemented
+
+
+@host_operator("Reshape")
+def reshape(a: Host, target: Host, *, allowzero: int = 0) -> Any:
+    if not target.is_concrete or len(target.items) > 1:
+        return NotImplemented
+    if not target.items:
+        return Host(a.items, a.dtype, is_scalar=True) if len(a.items) == 1 else NotImplemented
+    return Host(a.items, a.dtype) if target.item in (-1, len(a.items)) else NotImplemented
+
+
+@host_operator("Cast")
+def cast(a: Host, *, to: torch.dtype, saturate: int = 1) -> Any:
+    if a.dtype == to:
+        return a
+    if to == torch.bool:
+        return Host(tuple(bool(item) for item in a.items), to, a.is_scalar)
+    if not to.is_floating_point and to not in NUMPY:
+        return NotImplemented
+    if to.is_floating_point:
+        if to not in NUMPY or not a.is_concrete:
+            return NotImplemented
+        return Host(_rounded([float(item) for item in a.items], to), to, a.is_scalar)
+    if not a.is_concrete:
+        return (
+            Host(a.items, to, a.is_scalar)
+            if to in (torch.int32, torch.int64) and not a.dtype.is_floating_point
+            else NotImplemented
+        )
+    limits = torch.iinfo(to)
+    items = [int(item) for item in a.items if math.isfinite(item)]
+    fits = len(items) == len(a.items) and all(limits.min <= item <= limits.max for item in items)
+    return Host(tuple(items), to, a.is_scalar) if fits else NotImplemented
+
+
+@host_operator("Expand")
+def expand(a: Host, target: Host) -> Any:
+    if len(target.items) != 1 or not target.is_concrete or len(a.items) not in (1, target.item):
+        return NotImplemented
+    return (
+        Host(a.items * target.item if len(a.items) == 1 else a.items, a.dtype)
+        if target.item <= MAX_HOST_ELEMENTS
+        else NotImplemented
+    )
+
+
+@host_operator("ConstantOfShape")
+def constant_of_shape(target: Host, *, value: Host | None = None) -> Any:
+    fill = value or Host((0.0,), torch.float32)
+    if fill.dtype.is_floating_point or not target.is_concrete or len(target.items) > 1:
+        return NotImplemented
+    if target.items and target.item > MAX_HOST_ELEMENTS:
+        return NotImplemented
+    return Host(fill.items * (target.item if target.items else 1), fill.dtype, is_scalar=not target.items)
+
+
+@host_operator("ReduceProd")
+def reduce_prod(a: Host, axes: Host | None = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0) -> Any:
+    return _reduced(py.mul, 1, a, keepdims, noop_with_empty_axes and not (axes and axes.items))
+
+
+@host_operator("ReduceSum")
+def reduce_sum(a: Host, axes: Host | None = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0) -> Any:
+    return _reduced(py.add, 0, a, keepdims, noop_with_empty_axes and not (axes and axes.items))
+
+
+def _reduced(function: Callable[[Number, Number], Number], start: int, a: Host, keepdims: int, noop: Any) -> Any:
+    if a.dtype.is_floating_point or a.is_scalar or noop:
+        return NotImplemented
+    total: Number = start
+    for item in a.items:
+        total = function(total, item)
+    return Host((total,), a.dtype, is_scalar=not keepdims)

@@ -1,0 +1,178 @@
+"""Read an ONNX file: the graph, and its initializers as lazy weights.
+
+External data is mapped, never copied, and only from inside the model's own folder: a path that leads out of it is an
+error, not a read of somebody's files.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import ImportModelError
+from ..weights import Weight
+from .registry import FIRST_OPSET
+
+DTYPES: dict[int, torch.dtype] = {
+    1: torch.float32,
+    2: torch.uint8,
+    3: torch.int8,
+    4: torch.uint16,
+    5: torch.int16,
+    6: torch.int32,
+    7: torch.int64,
+    9: torch.bool,
+    10: torch.float16,
+    11: torch.float64,
+    12: torch.uint32,
+    13: torch.uint64,
+    14: torch.complex64,
+    15: torch.complex128,
+    16: torch.bfloat16,
+    17: torch.float8_e4m3fn,
+    19: torch.float8_e5m2,
+}
+"""``TensorProto.DataType`` to torch."""
+
+
+@dataclass
+class OnnxModel:
+    """A model file, read.
+
+    Attributes:
+        proto: the model, functions inlined.
+        opset: version of the standard operators.
+        weights: initializers and constants by name.
+        source: the file's name.
+    """
+
+    proto: Any
+    opset: int
+    weights: dict[str, Weight]
+    source: str
+
+    @property
+    def graph(self) -> Any:
+        """The main graph."""
+        return self.proto.graph
+
+
+def read_model(path: Path) -> OnnxModel:
+    """Read a file.
+
+    Raises:
+        ImportModelError: it is missing, truncated, no ONNX model, of an opset that is too old, or its data lies
+            outside its folder.
+    """
+    import onnx
+
+    if not path.is_file():
+        raise ImportModelError(f"no file '{path}'")
+    try:
+        proto = onnx.load(str(path), load_external_data=False)
+    except Exception as error:
+        raise ImportModelError(
+            f"cannot read '{path}': {type(error).__name__}: {error}",
+            expected="an ONNX model",
+            remedy="the file may be truncated: export, download or copy it again",
+        ) from error
+    if not proto.graph.output:
+        raise ImportModelError(
+            f"'{path}' holds no graph", expected="an ONNX model", remedy="the file may be empty or truncated"
+        )
+    if proto.functions:
+        import onnx.inliner
+
+        proto = onnx.inliner.inline_local_functions(proto)
+    opset = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), 0)
+    if opset < FIRST_OPSET:
+        raise ImportModelError(
+            f"'{path}' uses opset {opset}",
+            expected=f"opset {FIRST_OPSET} or newer",
+            remedy="convert it: onnx.version_converter.convert_version(model, 18)",
+        )
+    if proto.graph.sparse_initializer:
+        raise ImportModelError(f"'{path}' holds sparse initializers", expected="dense ones")
+    folder = path.absolute().parent
+    weights = {tensor.name: tensor_weight(tensor, folder) for tensor in proto.graph.initializer}
+    return OnnxModel(proto, opset, weights, path.name)
+
+
+def tensor_weight(tensor: Any, folder: Path | None) -> Weight:
+    """A stored tensor as a lazy weight.
+
+    Args:
+        tensor: the ``TensorProto``.
+        folder: where external data may lie (None: nowhere).
+
+    Raises:
+        ImportModelError: the element type is unknown, the data is incomplete, or lies elsewhere.
+    """
+    import onnx
+
+    dtype, shape = DTYPES.get(tensor.data_type), tuple(tensor.dims)
+    if dtype is None:
+        kind = onnx.TensorProto.DataType.Name(tensor.data_type)
+        raise ImportModelError(
+            f"initializer '{tensor.name}' has the element type {kind}", expected="a type that torch has"
+        )
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        return _external(tensor, dtype, shape, folder)
+    if not tensor.HasField("raw_data"):
+        array = onnx.numpy_helper.to_array(tensor)
+        if dtype in (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2):  # numpy knows these as extension types
+            return Weight.from_tensor(torch.from_numpy(array.view(f"u{dtype.itemsize}").copy()).view(dtype))
+        return Weight.from_tensor(torch.from_numpy(array.copy()).reshape(shape))
+    raw = tensor.raw_data
+    numel = 1
+    for size in shape:
+        numel *= size
+    if len(raw) != numel * dtype.itemsize:
+        raise ImportModelError(
+            f"initializer '{tensor.name}' has {len(raw)} bytes",
+            expected=f"{numel * dtype.itemsize} for {dtype} {list(shape)}",
+        )
+    if not raw:
+        return Weight.from_tensor(torch.empty(shape, dtype=dtype))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the bytes are read-only, and so are weights
+        return Weight.from_tensor(torch.frombuffer(raw, dtype=dtype).reshape(shape))
+
+
+def _external(tensor: Any, dtype: torch.dtype, shape: tuple[int, ...], folder: Path | None) -> Weight:
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    location = entries.get("location", "")
+    if folder is None or not location:
+        raise ImportModelError(
+            f"initializer '{tensor.name}' has no data", expected="the name of a file beside the model"
+        )
+    path = (folder / location).resolve()
+    if Path(location).is_absolute() or not path.is_relative_to(folder.resolve()):
+        raise ImportModelError(
+            f"the data of initializer '{tensor.name}' lies outside the model's folder: '{location}'",
+            expected=f"a file inside '{folder}'",
+            remedy="put the data file beside the model; a model may not read files elsewhere",
+        )
+    if not path.is_file():
+        raise ImportModelError(
+            f"the data file '{location}' of initializer '{tensor.name}' is missing",
+            remedy=f"copy it to '{folder}', beside the model",
+        )
+    weight = Weight.from_file(path, int(entries.get("offset", 0)), shape, dtype)
+    length = int(entries.get("length", weight.nbytes))
+    if length != weight.nbytes:
+        raise ImportModelError(
+            f"initializer '{tensor.name}' has {length} bytes", expected=f"{weight.nbytes} for {dtype} {list(shape)}"
+        )
+    end = int(entries.get("offset", 0)) + weight.nbytes
+    if path.stat().st_size < end:
+        raise ImportModelError(
+            f"the data file '{location}' is truncated: {path.stat().st_size} bytes",
+            expected=f"at least {end}, for initializer '{tensor.name}'",
+            remedy="export, download or copy it again",
+        )
+    return weight

@@ -1,0 +1,130 @@
+"""What an ONNX value is during the walk: a tensor, a stored tensor, or numbers that the host knows.
+
+Shape arithmetic in ONNX runs on small integer tensors (``Shape``, ``Gather``, ``Concat``, ``Reshape``). Here it stays
+on the host, as Python ``int`` and ``SymInt``, so that an exporter's chain of twelve nodes comes out as one symbolic
+size. Host numbers become a tensor only when a real tensor operator consumes them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ..weights import Weight
+
+Number = Any
+"""``int``, ``float``, ``bool``, or their symbolic counterparts."""
+
+SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+MAX_HOST_ELEMENTS = 64
+"""Integer constants up to this size are known to the host from the start; larger ones only where a shape needs them."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """A scalar or a vector whose numbers the host knows.
+
+    Attributes:
+        items: the numbers, ``int`` or ``SymInt`` and the like.
+        dtype: the ONNX element type.
+        is_scalar: rank 0 (one item) instead of rank 1.
+        name: the initializer that holds exactly these numbers, if one does.
+    """
+
+    items: tuple[Number, ...]
+    dtype: torch.dtype
+    is_scalar: bool = False
+    name: str | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``()`` or ``(n,)``."""
+        return () if self.is_scalar else (len(self.items),)
+
+    @property
+    def item(self) -> Number:
+        """The only number."""
+        (item,) = self.items
+        return item
+
+    @property
+    def is_concrete(self) -> bool:
+        """Whether no number is symbolic."""
+        return not any(isinstance(item, SYMBOLIC) for item in self.items)
+
+    def unnamed(self) -> Host:
+        """The same numbers, no longer tied to an initializer."""
+        return replace(self, name=None)
+
+    def to_tensor(self) -> torch.Tensor:
+        """A tensor of these numbers, recorded by the tracer; symbolic sizes stay symbolic."""
+        if self.is_scalar:
+            return torch.full((), self.item, dtype=self.dtype)
+        if not self.items:
+            return torch.empty((0,), dtype=self.dtype)
+        if self.is_concrete:
+            return torch.tensor(self.items, dtype=self.dtype)
+        return torch.stack([torch.full((), item, dtype=self.dtype) for item in self.items])
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """An initializer: the tensor that stands for it in the trace, and where its numbers are."""
+
+    tensor: torch.Tensor
+    weight: Weight
+    name: str
+
+    @property
+    def shape(self) -> torch.Size:
+        """The stored tensor's shape."""
+        return self.tensor.shape
+
+
+Value = torch.Tensor | Host | Stored | None
+
+
+def host_of(weight: Weight, name: str) -> Host:
+    """Read a scalar or vector initializer's numbers (a short one: this is for shapes, axes and scalars).
+
+    Fake tensors and tracing are all around during the walk; numbers are read through numpy, outside of both.
+    """
+    import numpy as np
+
+    raw = b"".join(bytes(piece) for piece in weight.chunks())
+    if weight.dtype == torch.bfloat16:
+        numbers = (np.frombuffer(raw, dtype="<u2").astype("<u4") << 16).view("<f4")
+    else:
+        numbers = np.frombuffer(raw, dtype=NUMPY[weight.dtype])
+    return Host(tuple(numbers.tolist()), weight.dtype, is_scalar=not weight.shape, name=name)
+
+
+NUMPY: dict[torch.dtype, str] = {
+    torch.float16: "<f2",
+    torch.float32: "<f4",
+    torch.float64: "<f8",
+    torch.int8: "i1",
+    torch.int16: "<i2",
+    torch.int32: "<i4",
+    torch.int64: "<i8",
+    torch.uint8: "u1",
+    torch.uint16: "<u2",
+    torch.uint32: "<u4",
+    torch.uint64: "<u8",
+    torch.bool: "?",
+}
+"""Element types whose numbers the host can read, as numpy spells them (bfloat16 is read by its bits)."""
+
+
+def starts_on_host(weight: Weight) -> bool:
+    """Whether an initializer's numbers are worth knowing from the start.
+
+    Short integer vectors are shapes and axes. Floating-point scalars are literals (an epsilon, a scale, an exponent).
+    """
+    if weight.dtype not in NUMPY and weight.dtype != torch.bfloat16:
+        return False
+    if weight.dtype.is_floating_point:
+        return weight.shape == ()
+    return len(weight.shape) <= 1 and weight.numel <= MAX_HOST_ELEMENTS
