@@ -58,7 +58,7 @@ class Measured:
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean negative log-likelihood per predicted token."""
+        """Exp of the mean negative log-likelihood per predicted token."""
         return math.exp(self.nll / self.tokens)
 
 

@@ -1,4 +1,4 @@
-"""Operators in a few words, from their weights' shapes: ``linear 576->1536``, ``conv 3x3 64->128``, ``9 heads of 64``."""
+"""Operators in a few words, with their sizes: ``linear 576->1536``, ``conv 3x3 64->128``, ``9 heads of 64``."""
 
 from __future__ import annotations
 

@@ -96,7 +96,8 @@ def show_doctor(as_json: bool) -> None:
     out.print("devices", style="bold")
     out.print("  " + (", ".join(report["torch"]["devices"]) or "no GPU that torch can use"))
     out.print(
-        f"  {report['torch']['threads']} torch threads; ONNX Runtime: {', '.join(report['onnxruntime_providers']) or 'missing'}"
+        f"  {report['torch']['threads']} torch threads; "
+        f"ONNX Runtime: {', '.join(report['onnxruntime_providers']) or 'missing'}"
     )
     out.print("extras", style="bold")
     for extra, modules in report["extras"].items():

@@ -49,7 +49,8 @@ def _clusters(parts: Sequence[Part], program: Program, indent: str, path: list[i
         label = f"{part.label} {blocks}" if part.kind == "block" else part.label
         blocks += part.kind == "block"
         yield f"{indent}subgraph cluster_{'_'.join(map(str, here))} {{"
-        yield f'{indent}  label={_quote(label)}; style="rounded,filled"; color="#bbbbbb"; fillcolor="{_COLORS.get(part.kind, "#ffffff")}";'
+        fill = _COLORS.get(part.kind, "#ffffff")
+        yield f'{indent}  label={_quote(label)}; style="rounded,filled"; color="#bbbbbb"; fillcolor="{fill}";'
         yield from _operators(part, program, indent + "  ")
         yield from _clusters(part.children, program, indent + "  ", here)
         yield f"{indent}}}"

@@ -1,4 +1,4 @@
-"""The cost table: MACs, bytes moved and parameters per operator, per site or per module; symbolic, or at given sizes."""
+"""The cost table: MACs, bytes moved and parameters per operator, site or module; symbolic, or at given sizes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.table import Table
 from ..ir.cost import Cost, cost
 from ..ir.program import Program
 from .console import count, new_table
-from .sites import Part, find_parts
+from .sites import Part, find_parts, shared_origin
 from .sizes import sizes_text, with_defaults
 
 
@@ -96,7 +96,7 @@ def _lines(program: Program, costs: Cost, by: str) -> list[Line]:
         Line(
             name,
             f"{len(items)} operators",
-            "" if by == "origin" else _shared_prefix([i.origin or "" for i in items]),
+            "" if by == "origin" else shared_origin(i.origin or "" for i in items),
             sum(i.macs for i in items),
             sum(i.bytes for i in items),
             sum(i.params for i in items),
@@ -117,10 +117,3 @@ def _sites(parts: Sequence[Part], prefix: str = "") -> list[tuple[str, Any]]:
         found.extend((name + (" / between" if part.children else ""), node) for node in part.own)
         found.extend(_sites(part.children, f"{name} / "))
     return found
-
-
-def _shared_prefix(origins: Sequence[str]) -> str:
-    from os.path import commonprefix
-
-    named = [origin.split(".") for origin in origins if origin]
-    return ".".join(commonprefix(named)) if named else ""

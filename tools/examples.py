@@ -35,6 +35,8 @@ _PASSES_VALUES_ON = (
     aten.flatten,
 )
 
+_COMPUTES = (aten.sub, aten.add, aten.rsub, aten.mul)
+
 
 def example_feeds(program: Program, sizes: dict[str, int] | None = None, seed: int = 0) -> dict[str, Tensor]:
     """Random inputs of the signature's dtypes and shapes.
@@ -80,7 +82,16 @@ def index_bound(node: fx.Node) -> int | None:
             elif is_op(user, *_PASSES_VALUES_ON) and user.args[0] is value and user not in seen:
                 seen.add(user)
                 stack.append(user)
+            elif is_op(user, *_COMPUTES) and _is_integer(user) and user not in seen and index_bound(user) is not None:
+                # A difference of coordinates, say: only zeros are sure to give a valid index.
+                seen.add(user)
+                bounds.append(1)
     return min(bounds) if bounds else None
+
+
+def _is_integer(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and not value.dtype.is_floating_point and not value.dtype.is_complex
 
 
 def _rows(user: fx.Node, index: fx.Node) -> int | None:

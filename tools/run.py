@@ -60,7 +60,8 @@ def run_file(path: Path, options: RunOptions) -> None:
     out.print(table)
     best, middle = min(times), statistics.median(times)
     out.print(
-        f"{duration(middle)} median, {duration(best)} best of {len(times)} runs after the first; {torch.get_num_threads()} threads"
+        f"{duration(middle)} median, {duration(best)} best of {len(times)} runs after the first; "
+        f"{torch.get_num_threads()} threads"
     )
     if options.output is not None:
         _save(outputs, options.output)

@@ -93,12 +93,8 @@ def _stream_parts(program: Program, streams: Sequence[Stream]) -> list[Part]:
             beside.own.append(node)
         else:
             _between(parts[before[0]], streams[before[0]], before[1]).own.append(node)
-    if len(streams) == 1:
-        result = [*parts[0].children]
-    else:
-        result = parts
-    result.append(beside)
-    return _without_empty(result)
+    shown = parts[0].children if len(streams) == 1 else parts
+    return _without_empty([*shown, beside])
 
 
 def _skeleton(streams: Sequence[Stream]) -> tuple[dict[fx.Node, Part], list[Part]]:
@@ -238,9 +234,13 @@ def _group(parts: Sequence[Part]) -> Part:
 
 def common_origin(nodes: Iterable[fx.Node]) -> str:
     """The longest module path that all operators of a part share."""
+    return shared_origin(str(node.meta.get(ORIGIN) or "") for node in nodes)
+
+
+def shared_origin(origins: Iterable[str]) -> str:
+    """The longest path that all of them share; unknown ones (empty) do not count."""
     shared: list[str] | None = None
-    for node in nodes:
-        origin = str(node.meta.get(ORIGIN) or "")
+    for origin in origins:
         if not origin:
             continue
         tokens = origin_tokens(origin)

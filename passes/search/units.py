@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from ..ir.execute import needed
-from ..ir.program import Program
-from ..ir.structure import BlockSite, BranchSite, structure
+from ...ir.execute import needed
+from ...ir.program import Program
+from ...ir.structure import BlockSite, BranchSite, structure
 
 GRANULARITIES = ("block", "attention", "mlp")
 

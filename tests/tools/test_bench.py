@@ -22,7 +22,10 @@ from graphlathe.tools.cli import execute
 
 def fake_suite(value: float, target: float = 1.0, at_least: bool = False) -> Suite:
     def run(context: Run) -> Result:
-        rows = [{"model": "a", "seconds": 0.25, "growth_bytes": 1 << 20}, {"model": "b", "error": math.nan, "nodes": 1234}]
+        rows = [
+            {"model": "a", "seconds": 0.25, "growth_bytes": 1 << 20},
+            {"model": "b", "error": math.nan, "nodes": 1234},
+        ]
         return Result(rows, [Goal("ratio", value, target, at_least)], ["quick" if context.quick else "full"])
 
     return Suite("fake", "for tests", ("ratio at most 1",), run)
@@ -85,7 +88,9 @@ class TestCommand:
             assert execute(["bench", "fake", "--check", "--json", str(path), "--quick"]) == 0
         assert json.loads(path.read_text())["goals"][0]["met"] is True
         text = capsys.readouterr().out
-        assert "250 ms" in text and "1 MiB" in text and "1,234" in text, "values carry the units that their columns imply"
+        assert "250 ms" in text and "1 MiB" in text and "1,234" in text, (
+            "values carry the units that their columns imply"
+        )
         assert "commit:" in text and "machine:" in text
 
     def test_unwritable_json_fails_before_measuring(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -213,7 +218,7 @@ def test_json_is_not_written_half(tmp_path: Path) -> None:
 def test_listing_suites_by_name_loads_none_of_them() -> None:
     code = (
         "import sys; from graphlathe.tools.bench import base; base.names();"
-        "print([m for m in sys.modules if m.startswith('graphlathe.tools.bench.') and m.rpartition('.')[2] in base.MODULES])"
+        "print([name for name in base.MODULES if f'graphlathe.tools.bench.{name}' in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

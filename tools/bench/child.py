@@ -1,4 +1,4 @@
-"""The process in which `measure_in_subprocess` runs a function: the request on stdin, the answer in a file, both JSON."""
+"""The process in which `measure_in_subprocess` runs a function: request on stdin, answer in a file, both JSON."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ class Workpiece:
     @cached_property
     def program(self) -> Program:
         """Our program, made from `exported`."""
-        return from_exported(self.exported, names={("input_ids", 0): "B", ("input_ids", 1): "S"})
+        return from_exported(self.exported)
 
     @cached_property
     def canonical(self) -> Program:
@@ -109,8 +109,10 @@ class Workpiece:
         return self.canonical.to_text()
 
     def errors(self) -> dict[str, float]:
-        """Largest differences, relative to the largest value: program, canonical program and our ONNX file against the
-        module, and our ONNX file against the stock exporter's (ONNX Runtime's own optimizer off)."""
+        """Largest differences, relative to the largest value (ONNX Runtime's own optimizer off).
+
+        The program and the canonical program are compared with the module, our ONNX file with the stock exporter's.
+        """
         from ...ir.verify import relative_error
 
         with torch.no_grad():

@@ -57,8 +57,8 @@ def show(record: Record) -> None:
     machine = record.machine
     memory = size(machine["memory_bytes"]) if machine.get("memory_bytes") else "unknown memory"
     out.print(
-        f"machine: {machine['cpu']}, {machine['cores']} cores, {memory}, load {machine['load_average']}, {machine['torch_threads']} "
-        f"torch threads, {machine['system']}, Python {machine['python']}"
+        f"machine: {machine['cpu']}, {machine['cores']} cores, {memory}, load {machine['load_average']}, "
+        f"{machine['torch_threads']} torch threads, {machine['system']}, Python {machine['python']}"
     )
     out.print(f"commit: {record.commit}   versions: " + ", ".join(f"{k} {v}" for k, v in record.versions.items()))
     for note in record.result.notes:

@@ -1,0 +1,155 @@
+"""``graphlathe optimize``: a model file, a pipeline, and what comes out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..ir.errors import ExportError, PipelineError, suggest
+from ..ir.program import Program
+from .console import console, size
+from .examples import example_feeds
+from .files import check_writable, write_atomically
+from .sizes import parse_sizes
+from .tokens import calibration_feeds
+
+if TYPE_CHECKING:
+    from ..passes.pipeline import Pipeline
+    from ..passes.report import Report
+
+
+@dataclass(frozen=True)
+class OptimizeOptions:
+    """What to do; see the command's help."""
+
+    pipeline: str
+    output: Path | None = None
+    calibration: tuple[Path, ...] = ()
+    tokenizer: Path | None = None
+    window: int = 128
+    windows: int = 32
+    example: str | None = None
+    opset: int | None = None
+    report: Path | None = None
+    verify: int = 1
+    dump_dir: Path | None = None
+    stop_after: str | None = None
+    disable: tuple[str, ...] = ()
+    why_not: str | None = None
+
+
+def optimize_file(path: Path, options: OptimizeOptions) -> None:
+    """Check everything that can be checked without the model, then load, optimize, print and write."""
+    from ..ir.load import load
+    from ..passes.optimize import optimize
+    from ..passes.pipeline import parse_pipeline
+
+    pipeline = parse_pipeline(options.pipeline)
+    _check_names(pipeline, options)
+    _check_outputs(options)
+    program = load(path)
+    calibration = calibration_feeds(
+        options.calibration,
+        program,
+        tokenizer=options.tokenizer,
+        model=path,
+        window=options.window,
+        windows=options.windows,
+    )
+    optimized = optimize(
+        program,
+        _example(program, options.example),
+        passes=pipeline,
+        calibration=calibration or None,
+        verify=options.verify,
+        progress=True,
+        dump_dir=options.dump_dir,
+        stop_after=options.stop_after,
+        disable=options.disable,
+    )
+    out = console()
+    out.print(optimized.report)
+    if options.why_not is not None:
+        for line in why_not(optimized.report, options.why_not):
+            out.print(line)
+    _write(optimized, options, out)
+
+
+def _example(program: Program, text: str | None) -> dict[str, Any] | None:
+    if text == "none":
+        return None
+    return example_feeds(program, parse_sizes([text] if text else [], program))
+
+
+def _check_names(pipeline: Pipeline, options: OptimizeOptions) -> None:
+    """The passes that options speak about must be in the pipeline, or in the catalogue (some are run on demand).
+
+    Raises:
+        PipelineError: one is not.
+    """
+    from ..passes.registry import names
+
+    used = [item.name for item in pipeline.passes()]
+    for option, name in (("--stop-after", options.stop_after), ("--why-not", options.why_not)):
+        if name not in (None, "all", *used):
+            raise PipelineError(
+                f"{option} names '{name}', which is not in the pipeline{suggest(str(name), used)}",
+                expected=", ".join(used),
+            )
+    for name in options.disable:
+        if name not in (*used, *names()):
+            raise PipelineError(
+                f"--disable-pass names '{name}'{suggest(name, used)}", expected=f"one of: {', '.join(used)}"
+            )
+
+
+def _check_outputs(options: OptimizeOptions) -> None:
+    """Outputs must be possible before hours are spent on them.
+
+    Raises:
+        ExportError: one is not.
+    """
+    output = options.output
+    if output is not None:
+        check_writable(output)
+        onnx = output.suffix == ".onnx"
+        if output.suffix and not onnx and not output.is_dir():
+            raise ExportError(
+                f"cannot write a '{output.suffix}' file", expected="a path that ends in .onnx, or a folder"
+            )
+        if onnx and output.is_dir():
+            raise ExportError(f"'{output}' is a folder", remedy="name a file")
+    if options.opset is not None and (output is None or output.suffix != ".onnx"):
+        raise ExportError("--opset is for ONNX files", remedy="give -o FILE.onnx")
+    if options.report is not None:
+        check_writable(options.report)
+    if options.dump_dir is not None:
+        check_writable(options.dump_dir)
+
+
+def why_not(report: Report, name: str) -> list[str]:
+    """Why places were left as they were, in all passes or in one, with counts."""
+    lines: list[str] = []
+    for row in report.rows:
+        if name not in ("all", row.name):
+            continue
+        lines.append(f"{row.text}: {row.hits} of {row.attempts} places rewritten")
+        lines += [f"  {count} x {reason}" for reason, count in sorted(row.misses.items(), key=lambda item: -item[1])]
+    return lines or [f"'{name}' did not run"]
+
+
+def _write(optimized: Any, options: OptimizeOptions, out: Any) -> None:
+    output = options.output
+    if output is not None and output.suffix == ".onnx":
+        optimized.export(output, **({} if options.opset is None else {"opset": options.opset}))
+    elif output is not None:
+        optimized.save(output)
+    if options.report is not None:
+        write_atomically(options.report, optimized.report.to_json() + "\n")
+    for path in (output, options.report):
+        if path is not None:
+            total = (
+                sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size
+            )
+            out.print(f"written: {path} ({size(total)})")
