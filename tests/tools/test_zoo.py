@@ -11,8 +11,9 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from graphlathe.tools.zoo import FAMILIES, UNTRACEABLE, ZOO, ZooModel, get, names
 from torch.utils import _pytree as pytree
+
+from graphlathe.tools.zoo import FAMILIES, UNTRACEABLE, ZOO, ZooModel, get, names
 
 EVERY = pytest.mark.parametrize("model", ZOO, ids=lambda model: model.name)
 

@@ -75,7 +75,8 @@ class ZooModel:
 @dataclass(frozen=True)
 class Field:
     """One input tensor: its name, its shape (a name for a dimension that may change, a number for one that may not),
-    and how its values are drawn."""
+    and how its values are drawn.
+    """
 
     name: str
     shape: tuple[int | str, ...]

@@ -23,11 +23,12 @@ CLIP_VISION: dict[str, Any] = VIT | {"num_hidden_layers": 2, "projection_dim": 1
 
 IMAGE_TOKEN = 3
 PATCHES = 16
+PROMPT = (Field("input_ids", (2, "S"), "ids"), Field("pixel_values", (2, 3, 32, 32)))
 
 
 def prompts_with_image(sizes: Sizes) -> dict[str, Tensor]:
     """One image a row; its placeholder tokens follow the first token, one for each patch."""
-    inputs = drawn((IDS, IMAGE))(sizes)
+    inputs = drawn(PROMPT)(sizes)
     inputs["input_ids"][:, 1 : 1 + PATCHES] = IMAGE_TOKEN
     return inputs
 
@@ -89,10 +90,10 @@ MULTIMODAL: tuple[ZooModel, ...] = (
                 "vision_feature_layer": -1,
             },
         ),
-        (IDS, IMAGE),
-        ({"B": 2, "S": 24}, {"B": 1, "S": 20}, {"B": 3, "S": 31}),
+        PROMPT,
+        ({"S": 24}, {"S": 20}, {"S": 31}),
         (2, 2),
         inputs=prompts_with_image,
-        note=FIXED_IMAGE + "; a prompt holds one image of 16 placeholder tokens",
+        note=f"{FIXED_IMAGE}; the batch too: features are listed image by image; a prompt holds one image, 16 tokens",
     ),
 )

@@ -29,6 +29,7 @@ class Residual(nn.Module):
         self.shortcut = nn.Identity() if same else conv_bn(inputs, outputs, kernel=1, stride=stride)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Add the shortcut, then rectify."""
         return torch.relu(self.branch(x) + self.shortcut(x))
 
 
@@ -48,6 +49,7 @@ class InvertedResidual(nn.Module):
         self.identity = inputs == outputs and stride == 1
 
     def forward(self, x: Tensor) -> Tensor:
+        """Add the input where the shape did not change."""
         return x + self.branch(x) if self.identity else self.branch(x)
 
 
@@ -61,6 +63,7 @@ class SqueezeExcite(nn.Module):
         self.excite = nn.Linear(squeezed, channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Scale the branch channel by channel before the sum."""
         y = self.branch(x)
         gate = torch.sigmoid(self.excite(torch.relu(self.squeeze(y.mean(dim=(2, 3))))))
         return torch.relu(x + y * gate[:, :, None, None])
@@ -77,6 +80,7 @@ class Dense(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Append each layer's channels to all before."""
         for layer in self.layers:
             x = torch.cat([x, layer(x)], dim=1)
         return x
@@ -93,6 +97,7 @@ class Shuffle(nn.Module):
         self.expand = conv_bn(channels, channels, kernel=1, groups=groups)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Interleave the groups between the grouped convolutions."""
         y = torch.relu(self.reduce(x))
         y = y.unflatten(1, (self.groups, -1)).transpose(1, 2).flatten(1, 2)
         return torch.relu(x + self.expand(self.filter(y)))
@@ -109,6 +114,7 @@ class Classifier(nn.Module):
         self.head = nn.Linear(outputs, classes)
 
     def forward(self, image: Tensor) -> Tensor:
+        """Class scores of an image of any size."""
         return self.head(torch.flatten(self.pool(self.body(self.stem(image))), 1))
 
 
@@ -122,6 +128,7 @@ class Segmenter(nn.Module):
         self.head = nn.Conv2d(channels, classes, 1)
 
     def forward(self, image: Tensor) -> Tensor:
+        """Class scores of every pixel."""
         x = self.stem(image)
         for layer in self.context:
             x = x + torch.relu(layer(x))
@@ -141,6 +148,7 @@ class TextEncoder(nn.Module):
         self.head = nn.Linear(32, 10)
 
     def forward(self, input_ids: Tensor) -> Tensor:
+        """Class scores of a sequence."""
         x = self.embed(input_ids)
         for layer in self.layers:
             x = layer(x)
@@ -157,6 +165,7 @@ class Recurrent(nn.Module):
         self.head = nn.Linear(24, 10)
 
     def forward(self, input_ids: Tensor) -> Tensor:
+        """Class scores at each step."""
         states, _ = self.cell(self.embed(input_ids))
         return self.head(states)
 
@@ -183,16 +192,18 @@ def text(name: str, construct: Callable[[], nn.Module], blocks: tuple[int, ...] 
 
 def recurrent(name: str, cell: type[nn.LSTM] | type[nn.GRU]) -> ZooModel:
     """A recurrent network over a fixed number of steps."""
-    note = "the length is fixed: a trace unrolls the steps"
+    note = "the length is fixed: the cell stays one operator, but torch.export guards its length by running the steps"
     return entry(name, "plain", lambda: Recurrent(cell), (FIXED_IDS,), BATCH_SIZES, None, note=note)
 
 
 def residual() -> nn.Module:
+    """Three residual blocks; the second halves the resolution and projects its shortcut."""
     body = nn.Sequential(Residual(16, 16), Residual(16, 24, stride=2), Residual(24, 24))
     return Classifier(body, 16, 24)
 
 
 def inverted_residual() -> nn.Module:
+    """Four inverted residual blocks; the second changes shape and has no shortcut."""
     body = nn.Sequential(
         InvertedResidual(8, 8), InvertedResidual(8, 16, stride=2), InvertedResidual(16, 16), InvertedResidual(16, 16)
     )
@@ -200,6 +211,8 @@ def inverted_residual() -> nn.Module:
 
 
 def separable() -> nn.Module:
+    """Depthwise and pointwise convolutions in turn, no shortcuts (MobileNetV1)."""
+
     def layer(inputs: int, outputs: int, stride: int) -> nn.Sequential:
         depthwise = conv_bn(inputs, inputs, stride=stride, groups=inputs)
         return nn.Sequential(depthwise, nn.ReLU(), conv_bn(inputs, outputs, kernel=1), nn.ReLU())
@@ -208,6 +221,7 @@ def separable() -> nn.Module:
 
 
 def dense() -> nn.Module:
+    """Two dense blocks with a transition between."""
     transition = nn.Sequential(conv_bn(28, 16, kernel=1), nn.ReLU(), nn.AvgPool2d(2))
     return Classifier(nn.Sequential(Dense(16, 6, 2), transition, Dense(16, 6, 3)), 16, 34)
 

@@ -20,7 +20,7 @@ VIT: dict[str, Any] = {
 PIXEL_SIZES = ({"B": 2, "H": 64, "W": 96}, {"B": 1, "H": 96, "W": 64}, {"B": 3, "H": 75, "W": 83})
 """The last is a multiple of no stride."""
 STRIDED_SIZES = ({"B": 2, "H": 64, "W": 96}, {"B": 1, "H": 96, "W": 64}, {"B": 3, "H": 128, "W": 160})
-TF_PADDING = "TensorFlow's padding depends on size modulo stride: a trace guards that height and width are multiples of 32, at least 64"
+TF_PADDING = "TensorFlow's padding depends on the size: a trace guards height and width to multiples of 32, from 64"
 
 
 def vit(name: str, architecture: str, config: str, layers: int, note: str = FIXED_IMAGE, **settings: Any) -> ZooModel:
@@ -178,7 +178,7 @@ VISION: tuple[ZooModel, ...] = (
         "cnn",
         "ResNet",
         (4,),
-        identity_blocks=2,
+        identity_blocks=3,
         embedding_size=16,
         hidden_sizes=[16, 32],
         depths=[2, 2],
@@ -224,7 +224,7 @@ VISION: tuple[ZooModel, ...] = (
         "efficientnet",
         "cnn",
         "EfficientNet",
-        (6,),
+        (5,),
         identity_blocks=2,
         width_coefficient=0.25,
         depth_coefficient=1.0,
