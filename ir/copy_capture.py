@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import fx
+from torch.fx.node import map_arg
 
 from .errors import ImportModelError
 from .program import ORIGIN
@@ -29,8 +30,8 @@ def copy_operators(
             new = graph.create_node(
                 "call_function",
                 old.target,
-                fx.node.map_arg(old.args, env.__getitem__),
-                fx.node.map_arg(old.kwargs, env.__getitem__),
+                map_arg(old.args, env.__getitem__),
+                map_arg(old.kwargs, env.__getitem__),
                 old.name,
             )
             new.meta["val"] = old.meta.get("val")
@@ -55,7 +56,7 @@ def _nested(module: fx.GraphModule, subgraphs: dict[str, fx.Graph]) -> fx.Graph:
         env[old].meta["val"] = old.meta.get("val")
     copy_operators(module, graph, env, subgraphs)
     output = next(iter(module.graph.find_nodes(op="output")))
-    graph.output(fx.node.map_arg(output.args[0], env.__getitem__))
+    graph.output(map_arg(output.args[0], env.__getitem__))
     return graph
 
 
@@ -98,7 +99,7 @@ def _inline(
         inner[placeholder] = env[operand] if isinstance(operand, fx.Node) else operand
     copy_operators(body, graph, inner, subgraphs)
     output = next(iter(body.graph.find_nodes(op="output")))
-    return tuple(fx.node.map_arg(output.args[0], inner.__getitem__))  # type: ignore[arg-type]
+    return tuple(map_arg(output.args[0], inner.__getitem__))  # type: ignore[arg-type]
 
 
 def _is_projection(node: fx.Node, env: Mapping[fx.Node, Any]) -> bool:

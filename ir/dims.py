@@ -107,7 +107,7 @@ class Dims:
             if isinstance(expr, sympy.Symbol) and expr not in sizes:
                 sizes[expr] = int(got)
                 continue
-            value = expr.xreplace({s: sympy.Integer(v) for s, v in sizes.items()})
+            value: Any = expr.xreplace({s: sympy.Integer(v) for s, v in sizes.items()})
             if not value.free_symbols and int(value) != int(got):
                 raise InputError(
                     f"input '{name}' has size {int(got)} in dimension {axis}",

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 
 from .errors import GraphlatheError
 from .weights import Weight
@@ -130,10 +131,10 @@ def run_graph(
                     else:
                         value = weights[name].tensor()
                 case "output":
-                    return tuple(fx.node.map_arg(node.args[0], env.__getitem__))
+                    return tuple(map_arg(node.args[0], env.__getitem__))
                 case _:
-                    args = fx.node.map_arg(node.args, env.__getitem__)
-                    kwargs = fx.node.map_arg(node.kwargs, env.__getitem__)
+                    args = map_arg(node.args, env.__getitem__)
+                    kwargs = map_arg(node.kwargs, env.__getitem__)
                     try:
                         value = node.target(*args, **kwargs)  # type: ignore[operator]
                     except GraphlatheError:

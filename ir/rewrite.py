@@ -6,12 +6,13 @@ It infers ``meta["val"]``, copies the origin, stamps the pass that made a node, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 
 from .errors import VerifyError
 from .infer import fake_weight, infer
@@ -54,13 +55,13 @@ class Rewriter:
         return self.program.entries[self.entry_name]
 
     @contextmanager
-    def before(self, node: fx.Node) -> Iterator[None]:
+    def before(self, node: fx.Node) -> Generator[None]:
         """New nodes go before ``node``."""
         with self.graph.inserting_before(node):
             yield
 
     @contextmanager
-    def after(self, node: fx.Node) -> Iterator[None]:
+    def after(self, node: fx.Node) -> Generator[None]:
         """New nodes go after ``node``."""
         with self.graph.inserting_after(node):
             yield
@@ -147,8 +148,8 @@ class Rewriter:
     def replace_with_number(self, node: fx.Node, number: float) -> None:
         """Write a number (also a truth value) where ``node`` was read, and erase ``node``."""
         for user in list(node.users):
-            user.args = fx.node.map_arg(user.args, lambda a: number if a is node else a)
-            user.kwargs = fx.node.map_arg(user.kwargs, lambda a: number if a is node else a)
+            user.args = map_arg(user.args, lambda a: number if a is node else a)
+            user.kwargs = map_arg(user.kwargs, lambda a: number if a is node else a)
         self._mutated("replace", node)
         self.erase(node)
 
@@ -241,5 +242,4 @@ __all__ = [
     "has_effect",
     "infer",
     "is_op",
-    "operator",
 ]

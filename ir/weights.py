@@ -344,7 +344,7 @@ class Weight:
             return
         data = self._bytes()
         for start in range(0, len(data), limit):
-            yield memoryview(data[start : start + limit])
+            yield memoryview(data[start : start + limit])  # pyright: ignore[reportArgumentType]
 
     def _file_chunks(self, source: FileSource, limit: int) -> Iterator[memoryview]:
         for start in range(0, self.nbytes, limit):
