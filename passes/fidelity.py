@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -61,13 +61,6 @@ class Drift:
         if self.kl is None:
             return f"rel {self.relative:.2g}"
         return f"KL {self.kl:.3g}, top-1 {self.top1:.1%}"
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-serialisable; numbers that are not finite become text."""
-        return {
-            k: v if not isinstance(v, float) or math.isfinite(v) else str(v)
-            for k, v in asdict(self).items()
-        }
 
 
 def logits_outputs(outputs: Mapping[str, Any]) -> list[str]:
