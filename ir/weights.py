@@ -374,7 +374,7 @@ class Weight:
         else:
             data = self._bytes()
             for start in starts:
-                state.update(memoryview(data[start : start + _SAMPLE_BYTES]))
+                state.update(data[start : start + _SAMPLE_BYTES].tobytes())
         return state.hexdigest()
 
     def _bytes(self) -> np.ndarray:
