@@ -1,0 +1,125 @@
+"""The stock exporter, for programs that cannot be translated node by node (control flow, above all).
+
+The program goes back into a module, which `torch.onnx.export` captures again; names are put back afterwards.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import fx, nn
+
+from ..errors import ExportError
+from ..execute import subgraph_module
+from ..program import Entry, Program
+
+
+class EntryModule(nn.Module):
+    """An entry as a module: weights under their own dotted names, inputs as positional parameters."""
+
+    def __init__(self, program: Program, entry: Entry) -> None:
+        super().__init__()
+        graph = fx.Graph()
+        env: dict[fx.Node, fx.Node] = {}
+        for node in entry.graph.nodes:
+            env[node] = graph.node_copy(node, env.__getitem__)
+        for node in graph.find_nodes(op="get_attr"):
+            name = str(node.target)
+            if name in program.subgraphs:
+                self.add_module(name, subgraph_module(name, program.subgraphs, program.weights))
+            else:
+                _attach(self, name, program.weights[name].tensor())
+        self.body = fx.GraphModule(self, graph)
+
+    def forward(self, *inputs: Any) -> Any:
+        """Run the graph."""
+        return self.body(*inputs)
+
+
+def _attach(root: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    *path, leaf = name.split(".")
+    for step in path:
+        if step not in root._modules:
+            root.add_module(step, nn.Module())
+        root = root.get_submodule(step)
+    root.register_buffer(leaf, tensor)
+
+
+def stock_model(program: Program, entry: Entry, opset: int) -> ir.Model:
+    """Export through ``torch.onnx.export(dynamo=True)``, with the program's names.
+
+    Raises:
+        ExportError: the stock exporter cannot export it either.
+    """
+    module = EntryModule(program, entry).body
+    examples, shapes = [], []
+    for name, node in zip(entry.inputs, entry.placeholders, strict=True):
+        value = node.meta.get("val")
+        if not isinstance(value, torch.Tensor):
+            raise ExportError(f"input '{name}' is no tensor, which the stock exporter cannot take")
+        examples.append(torch.zeros([entry.dims.evaluate(s, {}) for s in value.shape], dtype=value.dtype))
+        dynamic = {i: torch.export.Dim.DYNAMIC for i, s in enumerate(value.shape) if isinstance(s, torch.SymInt)}
+        shapes.append(dynamic or None)
+    outputs = [name for name, value in zip(entry.outputs, entry.output_values, strict=True) if value is not None]
+    try:
+        with _quiet(), torch.no_grad():
+            exported = torch.export.export(module, tuple(examples), dynamic_shapes=tuple(shapes), strict=False)
+            result = torch.onnx.export(
+                exported,
+                (),
+                dynamo=True,
+                opset_version=opset,
+                input_names=list(entry.inputs),
+                output_names=outputs,
+                verbose=False,
+            )
+    except Exception as error:
+        raise ExportError(f"the stock exporter fails: {_reason(error)}") from error
+    assert result is not None
+    _rename_dims(result.model, entry)
+    return result.model
+
+
+def _rename_dims(model: ir.Model, entry: Entry) -> None:
+    from torch.onnx._internal.exporter import _ir_passes
+
+    names: dict[Any, str] = {}
+    by_name = {value.name: value for value in model.graph.inputs}
+    for name, node in zip(entry.inputs, entry.placeholders, strict=True):
+        value = by_name.get(name)
+        if value is None or value.shape is None:
+            continue
+        for size, dim in zip(node.meta["val"].shape, value.shape, strict=True):
+            if isinstance(size, torch.SymInt) and isinstance(dim, ir.SymbolicDim) and dim.value:
+                names.setdefault(dim.value, entry.dims.format(size))
+    _ir_passes.rename_axis(model, names)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter reports its progress on standard output, and its warnings repeat what the result says."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def _reason(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
