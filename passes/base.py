@@ -60,11 +60,7 @@ def option(
         ge, gt, le, lt: numeric bounds.
         choices: the allowed strings.
     """
-    bounds = {
-        key: value
-        for key, value in {"ge": ge, "gt": gt, "le": le, "lt": lt}.items()
-        if value is not None
-    }
+    bounds = {key: value for key, value in {"ge": ge, "gt": gt, "le": le, "lt": lt}.items() if value is not None}
     metadata = {
         "help": help,
         "bounds": bounds,
@@ -107,9 +103,7 @@ class Context:
     """
 
     calibration: Sequence[Batch] | None = None
-    progress: Callable[[Iterable[Any], int | None, str], Iterable[Any]] = (
-        lambda items, total, label: items
-    )
+    progress: Callable[[Iterable[Any], int | None, str], Iterable[Any]] = lambda items, total, label: items
     cache: dict[str, Any] = field(default_factory=dict)
 
 
@@ -166,10 +160,8 @@ class Pass:
     def ensure(self, before: Program, program: Program, stats: Stats) -> None:
         """Raise `PostconditionError` if the pass broke its own law."""
 
-    def call_as_before(
-        self, before: Program, program: Program, feeds: Batch
-    ) -> dict[str, Any]:
-        """Run the changed program so that it answers a call of the program before; a `REFORMS` pass gives its adapter here.
+    def call_as_before(self, before: Program, program: Program, feeds: Batch) -> dict[str, Any]:
+        """Run the changed program so that it answers a call of the program before; `REFORMS` passes adapt the call.
 
         Args:
             before: the program before the pass.
@@ -226,12 +218,7 @@ def _format(value: Any) -> str:
     if isinstance(value, tuple):
         return ",".join(_format(v) for v in value)
     if isinstance(value, str):
-        plain = (
-            value.isprintable()
-            and value.isascii()
-            and value not in ("", "none")
-            and not _PLAIN_ENDS & set(value)
-        )
+        plain = value.isprintable() and value.isascii() and value not in ("", "none") and not _PLAIN_ENDS & set(value)
         return value if plain else json.dumps(value)
     return repr(value)
 

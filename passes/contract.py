@@ -56,7 +56,7 @@ class Contract:
         self.feeds = feeds
         self.batches: Sequence[Batch] = calibration or ([feeds] if feeds is not None else [])
         self.source = "calibration" if calibration else "example inputs"
-        self.budget = _checked_budget(budget)
+        self.budget = checked_budget(budget)
         self.differential = differential
         self.progress = progress
         self.has_numbers = not any(original.weights[name].is_meta for name in original.used_weights())
@@ -138,7 +138,9 @@ class Contract:
         row.drift = measure_drift(run, before, self.batches, source=self.source, progress=self.progress)
         row.total_drift = row.drift
         if self.drifted:
-            row.total_drift = measure_drift(run, self.original, self.batches, source=self.source, progress=self.progress)
+            row.total_drift = measure_drift(
+                run, self.original, self.batches, source=self.source, progress=self.progress
+            )
         self.drifted = True
         self._within_budget(pass_, row.total_drift)
 
@@ -162,7 +164,12 @@ class Contract:
                 )
 
 
-def _checked_budget(budget: Mapping[str, float] | None) -> dict[str, float]:
+def checked_budget(budget: Mapping[str, float] | None) -> dict[str, float]:
+    """A budget whose names and limits make sense.
+
+    Raises:
+        InputError: they do not.
+    """
     for key, limit in (budget or {}).items():
         if key not in BUDGETS:
             raise InputError(f"unknown budget '{key}'{suggest(key, BUDGETS)}", expected=f"any of: {', '.join(BUDGETS)}")

@@ -2,7 +2,7 @@
 
 Three measures, summed over batches so that no batch's outputs are kept:
 
-- ``kl``: mean KL divergence ``KL(reference || changed)`` of the distributions ``softmax(logits)``, in nats per position;
+- ``kl``: mean KL divergence ``KL(reference || changed)`` of the distributions ``softmax(logits)``, in nats a position;
 - ``top1``: share of positions at which both put the same entry first;
 - ``relative``: ``|changed - reference| / |reference|`` over all numbers of an output (the worst output's counts).
 
@@ -28,9 +28,7 @@ MIN_CLASSES = 2
 MIN_UNNAMED_CLASSES = 8
 """Fewest entries of the last dimension of a bare output (a module that returns one tensor) to be taken for logits."""
 
-_ROWS_AT_A_TIME = (
-    4 << 20
-)  # elements; float64 copies of a whole vocabulary times a long sequence would not fit
+_ROWS_AT_A_TIME = 4 << 20  # elements; float64 copies of a whole vocabulary times a long sequence would not fit
 _MASK = "attention_mask"
 
 
@@ -71,19 +69,10 @@ def logits_outputs(outputs: Mapping[str, Any]) -> list[str]:
     """
     found: list[str] = []
     for name, value in outputs.items():
-        if (
-            not isinstance(value, torch.Tensor)
-            or not value.is_floating_point()
-            or value.dim() < 2
-        ):
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dim() < 2:
             continue
         named = name.rpartition(".")[2].lower().endswith("logits")
-        bare = (
-            name == "output"
-            and len(outputs) == 1
-            and value.dim() <= 3
-            and value.shape[-1] >= MIN_UNNAMED_CLASSES
-        )
+        bare = name == "output" and len(outputs) == 1 and value.dim() <= 3 and value.shape[-1] >= MIN_UNNAMED_CLASSES
         # Segmentation and detection heads call [batch, classes, height, width] logits, too: not the last dimension.
         if (named and value.dim() <= 3 and value.shape[-1] >= MIN_CLASSES) or bare:
             found.append(name)
@@ -129,9 +118,7 @@ class DriftMeter:
         for name in logits_outputs(reference):
             self._add_logits(changed[name], reference[name], mask)
 
-    def _add_logits(
-        self, changed: torch.Tensor, reference: torch.Tensor, mask: torch.Tensor | None
-    ) -> None:
+    def _add_logits(self, changed: torch.Tensor, reference: torch.Tensor, mask: torch.Tensor | None) -> None:
         width = reference.shape[-1]
         got, want = changed.reshape(-1, width), reference.reshape(-1, width)
         if mask is not None and mask.shape == reference.shape[:-1]:
@@ -155,14 +142,8 @@ class DriftMeter:
         )
         if not self._positions:
             return Drift(relative, batches=self.batches, source=self.source)
-        kl = (
-            max(self._kl / self._positions, 0.0)
-            if not math.isnan(self._kl)
-            else math.nan
-        )
-        return Drift(
-            relative, kl, self._same / self._positions, self.batches, self.source
-        )
+        kl = max(self._kl / self._positions, 0.0) if not math.isnan(self._kl) else math.nan
+        return Drift(relative, kl, self._same / self._positions, self.batches, self.source)
 
 
 def _ratio(error: float, norm: float) -> float:
@@ -192,7 +173,8 @@ def squared_error(got: torch.Tensor, want: torch.Tensor) -> tuple[float, float]:
 
 def output_distance(changed: Mapping[str, Any], reference: Mapping[str, Any]) -> float:
     """One number for ranking candidates: mean KL divergence where an output looks like logits, else the relative
-    squared error of the worst output."""
+    squared error of the worst output.
+    """
     meter = DriftMeter()
     meter.add(changed, reference)
     drift = meter.result()
@@ -205,9 +187,7 @@ def measure_drift(
     batches: Sequence[Mapping[str, Any]],
     *,
     source: str = "calibration",
-    progress: Callable[
-        [Iterable[Any], int | None, str], Iterable[Any]
-    ] = lambda items, total, label: items,
+    progress: Callable[[Iterable[Any], int | None, str], Iterable[Any]] = lambda items, total, label: items,
 ) -> Drift:
     """Run both programs on every batch, one batch at a time.
 

@@ -88,9 +88,7 @@ def parse_pipeline(passes: Any) -> Pipeline:
             remedy=f"write {passes.__name__}() or '{passes.name}'",
         )
     if isinstance(passes, Sequence):
-        return Pipeline(
-            tuple(item for part in passes for item in parse_pipeline(part).items)
-        )
+        return Pipeline(tuple(item for part in passes for item in parse_pipeline(part).items))
     raise PipelineError(
         f"a {type(passes).__name__} is no pipeline",
         expected="a string, a Pass, or a sequence of strings and passes",
@@ -139,9 +137,7 @@ class _Parser:
                 expected=f"one of: {', '.join(known)}",
             )
         cls = registry.get(name)
-        options = self._options(
-            {f.name: self._reader(cls, f.name) for f in options_of(cls)}, name
-        )
+        options = self._options({f.name: self._reader(cls, f.name) for f in options_of(cls)}, name)
         if self._peek() == "(":
             self._fail(
                 f"'{name}' takes no group",
@@ -170,9 +166,7 @@ class _Parser:
         hint = option_type(cls, name)
         return lambda texts: validated(cls.name, spec, hint, _typed(hint, texts))
 
-    def _options(
-        self, readers: dict[str, Callable[[list[str]], Any]], owner: str
-    ) -> dict[str, Any]:
+    def _options(self, readers: dict[str, Callable[[list[str]], Any]], owner: str) -> dict[str, Any]:
         """Read ``{key=value ...}``; every reader turns an option's texts (quoted ones marked) into its value."""
         given: dict[str, Any] = {}
         if not self._take("{"):
@@ -182,9 +176,7 @@ class _Parser:
             start = self.at
             key = self._word()
             if not key:
-                found = (
-                    "the end" if start >= len(self.text) else f"'{self.text[start]}'"
-                )
+                found = "the end" if start >= len(self.text) else f"'{self.text[start]}'"
                 self._fail(
                     f"an option is missing, found {found}",
                     start,
@@ -193,11 +185,7 @@ class _Parser:
                 )
             name = key.replace("-", "_")
             if name not in readers:
-                takes = (
-                    f"one of: {', '.join(readers)}"
-                    if readers
-                    else f"no options, '{owner}' has none"
-                )
+                takes = f"one of: {', '.join(readers)}" if readers else f"no options, '{owner}' has none"
                 self._fail(
                     f"unknown option '{key}' of '{owner}'{suggest(name, list(readers))}",
                     start,
@@ -212,9 +200,7 @@ class _Parser:
                 self.at += 1
                 value_at = self.at
                 texts = self._values()
-            given[name] = self._guarded(
-                lambda name=name, texts=texts: readers[name](texts), value_at, self.at
-            )
+            given[name] = self._guarded(lambda name=name, texts=texts: readers[name](texts), value_at, self.at)
         return given
 
     def _values(self) -> list[str]:
@@ -273,24 +259,16 @@ class _Parser:
         try:
             return make()
         except PipelineError as error:
-            raise self._error(
-                error.message, start, end, expected=error.expected, remedy=error.remedy
-            ) from error
+            raise self._error(error.message, start, end, expected=error.expected, remedy=error.remedy) from error
 
-    def _fail(
-        self, message: str, start: int, end: int, **details: str | None
-    ) -> NoReturn:
+    def _fail(self, message: str, start: int, end: int, **details: str | None) -> NoReturn:
         raise self._error(message, start, end, **details)
 
-    def _error(
-        self, message: str, start: int, end: int, **details: str | None
-    ) -> PipelineError:
+    def _error(self, message: str, start: int, end: int, **details: str | None) -> PipelineError:
         # One line, so that the caret stands under its text also when the pipeline came from several.
         line = self.text.translate({9: " ", 10: " ", 13: " "})
         end = max(end, start + 1)
-        return PipelineError(
-            f"{message}\n    {line}\n    {' ' * start}{'^' * (end - start)}", **details
-        )
+        return PipelineError(f"{message}\n    {line}\n    {' ' * start}{'^' * (end - start)}", **details)
 
 
 class _Quoted(str):
@@ -300,12 +278,7 @@ class _Quoted(str):
 def _typed(hint: Any, texts: list[str]) -> Any:
     """Turn an option's texts into a value of its declared type."""
     kind, optional = kinds_of(hint)
-    if (
-        optional
-        and len(texts) == 1
-        and texts[0] == "none"
-        and not isinstance(texts[0], _Quoted)
-    ):
+    if optional and len(texts) == 1 and texts[0] == "none" and not isinstance(texts[0], _Quoted):
         return None
     if get_origin(kind) is tuple:
         return tuple(_scalar(get_args(kind)[0], [text]) for text in texts)
@@ -328,6 +301,4 @@ def _scalar(kind: Any, texts: Sequence[str]) -> Any:
     try:
         return kind(text)
     except ValueError as error:
-        raise PipelineError(
-            f"'{text}' is no {kind.__name__}", expected=kind.__name__
-        ) from error
+        raise PipelineError(f"'{text}' is no {kind.__name__}", expected=kind.__name__) from error

@@ -32,6 +32,7 @@ class Bars:
         self._tasks = 0
 
     def __call__(self, items: Iterable[Any], total: int | None, label: str) -> Iterator[Any]:
+        """Yield the items; a bar appears when the loop turns out to be slow."""
         start, done, task = time.perf_counter(), 0, None
         try:
             for item in items:

@@ -43,7 +43,8 @@ def _plugins() -> dict[str, str]:
     for point in entry_points(group=ENTRY_POINT_GROUP):
         if point.name in BUILTIN or point.name in found:
             raise PipelineError(
-                f"two packages provide the pass '{point.name}' ({point.value})", remedy="uninstall one, or ask its author to rename it"
+                f"two packages provide the pass '{point.name}' ({point.value})",
+                remedy="uninstall one, or ask its author to rename it",
             )
         found[point.name] = point.value
     return found

@@ -228,7 +228,9 @@ class Report:
         if self.sizes:
             lines.append("costs at " + ", ".join(f"{name}={size}" for name, size in self.sizes.items()))
         if self.drift:
-            lines.append(f"drift from the first program, on {self.drift.batches} batches of {self.drift.source}: {self.drift}")
+            lines.append(
+                f"drift from the first program, on {self.drift.batches} batches of {self.drift.source}: {self.drift}"
+            )
         if self.metric_before is not None and self.metric_after is not None:
             lines.append(f"evaluate: {self.metric_before:.6g} -> {self.metric_after:.6g}")
         for row in self.rows:

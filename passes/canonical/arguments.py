@@ -16,10 +16,7 @@ _NO_DEFAULT = object()
 @cache
 def schema(target: torch._ops.OpOverload) -> dict[str, Any]:
     """An operator's arguments in order, with their defaults (a lone object where there is none)."""
-    return {
-        a.name: a.default_value if a.has_default_value() else _NO_DEFAULT
-        for a in target._schema.arguments
-    }
+    return {a.name: a.default_value if a.has_default_value() else _NO_DEFAULT for a in target._schema.arguments}
 
 
 @cache
@@ -33,11 +30,7 @@ def given(node: fx.Node) -> dict[str, Any]:
     assert isinstance(target, torch._ops.OpOverload)
     defaults = _frozen_defaults(target)
     values = dict(zip(defaults, node.args, strict=False)) | dict(node.kwargs)
-    return {
-        n: v
-        for n, v in values.items()
-        if isinstance(v, fx.Node) or freeze(v) != defaults[n]
-    }
+    return {n: v for n, v in values.items() if isinstance(v, fx.Node) or freeze(v) != defaults[n]}
 
 
 def argument(node: fx.Node, name: str) -> Any:
@@ -52,7 +45,7 @@ def argument(node: fx.Node, name: str) -> Any:
 
 
 def freeze(value: Any) -> Hashable:
-    """A hashable stand-in that tells apart what Python's equality does not: ``1``, ``1.0`` and ``True``; 0.0 and -0.0."""
+    """A hashable stand-in that tells apart what Python's equality does not: 1, 1.0 and True; 0.0 and -0.0."""
     if isinstance(value, fx.Node):
         return value
     if isinstance(value, (list, tuple)):

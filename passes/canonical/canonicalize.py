@@ -21,7 +21,7 @@ from .spelling import respell
 
 @dataclass(frozen=True, kw_only=True)
 class Canonicalize(Pass):
-    """Bring a graph to its canonical form: no no-ops, one spelling, constants folded, nothing computed twice or unused."""
+    """Bring a graph to its canonical form: one spelling, constants folded, nothing idle, repeated or unused."""
 
     name: ClassVar[str] = "canonicalize"
     effect: ClassVar[Effect] = Effect.EXACT
@@ -49,10 +49,7 @@ class Canonicalize(Pass):
             latest: dict[str, int] = {}
             for part in parts:
                 if part is None:
-                    stats.hits += sum(
-                        respell(Rewriter(program, self.name, name))
-                        for name in program.graphs
-                    )
+                    stats.hits += sum(respell(Rewriter(program, self.name, name)) for name in program.graphs)
                     continue
                 done = part.run(program, ctx)
                 stats.hits += done.hits
@@ -63,7 +60,5 @@ class Canonicalize(Pass):
             if program.mutations == start:
                 break
         else:
-            stats.notes.append(
-                f"stopped after {self.max_rounds} rounds although the last one changed something"
-            )
+            stats.notes.append(f"stopped after {self.max_rounds} rounds although the last one changed something")
         return stats

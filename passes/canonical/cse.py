@@ -2,8 +2,9 @@
 
 Value numbering in one forward walk: a node's key is its operator and the keys of its arguments, so that the second of
 two equal nodes is found by one dictionary look-up. Arguments are matched by name with defaults left out
-(``softmax(x, -1)`` equals ``softmax(x, dim=-1)``), operands of commutative operators in either order. Symbolic sizes are equal where their expressions are, whatever they are sizes of. Random operators
-and those with effects are never merged.
+(``softmax(x, -1)`` equals ``softmax(x, dim=-1)``), operands of commutative operators in either order. Symbolic sizes
+are equal where their expressions are, whatever they are sizes of. Random operators, and those with effects, are never
+merged.
 
 Weights that are expressions over the same stored numbers become one, and so do equal scalar constants. Two different
 weights that merely hold equal numbers (two fresh norms, all ones) stay two: they are separate parameters of the model.
@@ -67,11 +68,7 @@ def _merge(rewriter: Rewriter, stats: Stats) -> None:
         if node.op not in ("call_function", "get_attr"):
             continue
         stats.attempts += 1
-        key = (
-            node_key(node)
-            if node.op == "call_function"
-            else _attribute_key(program, str(node.target))
-        )
+        key = node_key(node) if node.op == "call_function" else _attribute_key(program, str(node.target))
         if key is None:
             stats.miss("may be random, or has an effect")
             continue
@@ -97,9 +94,7 @@ def node_key(node: fx.Node) -> Hashable | None:
             a, b = arguments["self"], arguments["other"]
             if isinstance(a, fx.Node) and isinstance(b, fx.Node):
                 arguments["self"], arguments["other"] = sorted((a, b), key=id)
-        return target, tuple(
-            (name, freeze(value)) for name, value in sorted(arguments.items())
-        )
+        return target, tuple((name, freeze(value)) for name, value in sorted(arguments.items()))
     if isinstance(target, torch._ops.HigherOrderOperator):
         return None  # its body may draw random numbers
     return target, freeze(node.args), freeze(node.kwargs)

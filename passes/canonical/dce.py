@@ -29,8 +29,6 @@ class DeadCode(Pass):
         """Erase dead nodes of every graph."""
         stats = Stats()
         for name, graph in program.graphs.items():
-            stats.attempts += sum(
-                1 for node in graph.nodes if node.op not in ("placeholder", "output")
-            )
+            stats.attempts += sum(1 for node in graph.nodes if node.op not in ("placeholder", "output"))
             stats.hits += Rewriter(program, self.name, name).erase_dead()
         return stats

@@ -78,19 +78,13 @@ class _Folder:
         self.program = rewriter.program
         self.max_bytes = max_bytes
         self.stats = stats
-        self.constant: dict[
-            fx.Node, int
-        ] = {}  # constant nodes, with the bytes of the weights that they stand on
+        self.constant: dict[fx.Node, int] = {}  # constant nodes, with the bytes of the weights that they stand on
         self.computed: dict[fx.Node, Any] = {}
 
     def fold(self) -> None:
         for node in list(self.rewriter.graph.nodes):
             # A size that is fixed is known without computing anything, whatever it is a size of.
-            if (
-                node.op == "call_function"
-                and isinstance(node.meta.get("val"), _NUMBERS)
-                and _pure(node)
-            ):
+            if node.op == "call_function" and isinstance(node.meta.get("val"), _NUMBERS) and _pure(node):
                 self.rewriter.replace_with_number(node, node.meta["val"])
                 self.stats.hits += 1
         nodes = list(self.rewriter.graph.nodes)
@@ -98,11 +92,7 @@ class _Folder:
             standing_on = self._constant_on(node)
             if standing_on is not None:
                 self.constant[node] = standing_on
-        worth = {
-            node
-            for node in self.constant
-            if node.op == "call_function" and self._allowed(node)
-        }
+        worth = {node for node in self.constant if node.op == "call_function" and self._allowed(node)}
         for node in nodes:
             if node in worth and any(user not in worth for user in node.users):
                 self._replace(node)
@@ -114,25 +104,15 @@ class _Folder:
             if weight is None or weight.is_meta or _quantised(weight):
                 return None
             return weight.nbytes
-        if (
-            node.op != "call_function"
-            or not _pure(node)
-            or not _static(node.meta.get("val"))
-        ):
+        if node.op != "call_function" or not _pure(node) or not _static(node.meta.get("val")):
             return None
         below = [self.constant.get(operand) for operand in node.all_input_nodes]
         if any(b is None for b in below):
             return None
         # A step may be larger than the result that is kept, but must not be large.
-        if _nbytes(node.meta["val"]) > 4 * max(
-            self.max_bytes, TINY_BYTES
-        ) and not _reads_lazily(node):
+        if _nbytes(node.meta["val"]) > 4 * max(self.max_bytes, TINY_BYTES) and not _reads_lazily(node):
             return None
-        big = [
-            a
-            for a in node.all_input_nodes
-            if a.op == "get_attr" and _nbytes(a.meta["val"]) > 4 * self.max_bytes
-        ]
+        big = [a for a in node.all_input_nodes if a.op == "get_attr" and _nbytes(a.meta["val"]) > 4 * self.max_bytes]
         if big and not _reads_lazily(node):
             return None
         return sum(b for b in below if b is not None)
@@ -160,13 +140,9 @@ class _Folder:
             result = self._compute(node)
             # A view would keep the whole tensor below it alive.
             owned = (
-                result.untyped_storage().nbytes()
-                == result.numel() * result.element_size()
-                and result.is_contiguous()
+                result.untyped_storage().nbytes() == result.numel() * result.element_size() and result.is_contiguous()
             )
-            weight = Weight.from_tensor(
-                result if owned else result.clone(memory_format=torch.contiguous_format)
-            )
+            weight = Weight.from_tensor(result if owned else result.clone(memory_format=torch.contiguous_format))
         if tuple(weight.shape) != tuple(value.shape) or weight.dtype != value.dtype:
             raise PostconditionError(
                 f"folding gave {weight.dtype} {list(weight.shape)}",
@@ -188,11 +164,7 @@ class _Folder:
             if top in self.computed or top in local:
                 stack.pop()
                 continue
-            missing = [
-                a
-                for a in top.all_input_nodes
-                if a not in self.computed and a not in local
-            ]
+            missing = [a for a in top.all_input_nodes if a not in self.computed and a not in local]
             if missing:
                 stack.extend(missing)
                 continue
@@ -209,9 +181,7 @@ class _Folder:
                     *fx.node.map_arg(top.args, read),
                     **fx.node.map_arg(top.kwargs, read),
                 )  # type: ignore[operator]
-            (self.computed if _nbytes(top.meta["val"]) <= TINY_BYTES else local)[
-                top
-            ] = value
+            (self.computed if _nbytes(top.meta["val"]) <= TINY_BYTES else local)[top] = value
         return self.computed[node] if node in self.computed else local[node]
 
 
@@ -219,12 +189,7 @@ def _pure(node: fx.Node) -> bool:
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         random = torch.Tag.nondeterministic_seeded in target.tags
-        return (
-            target.namespace == "aten"
-            and not random
-            and not has_effect(node)
-            and not is_op(node, *_UNFIXED)
-        )
+        return target.namespace == "aten" and not random and not has_effect(node) and not is_op(node, *_UNFIXED)
     return getattr(target, "__module__", "") in ("_operator", "torch", "math")
 
 
@@ -232,32 +197,21 @@ def _static(value: Any) -> bool:
     """Whether a value is made of tensors whose shapes hold no symbol."""
     leaves = pytree.tree_leaves(value)
     return bool(leaves) and all(
-        isinstance(leaf, torch.Tensor) and all(isinstance(s, int) for s in leaf.shape)
-        for leaf in leaves
+        isinstance(leaf, torch.Tensor) and all(isinstance(s, int) for s in leaf.shape) for leaf in leaves
     )
 
 
 def _nbytes(value: Any) -> int:
-    return sum(
-        math.prod(t.shape) * t.element_size()
-        for t in pytree.tree_leaves(value)
-        if isinstance(t, torch.Tensor)
-    )
+    return sum(math.prod(t.shape) * t.element_size() for t in pytree.tree_leaves(value) if isinstance(t, torch.Tensor))
 
 
 def _quantised(weight: Weight) -> bool:
-    return (
-        weight.dtype.itemsize == 1
-        and weight.dtype is not torch.bool
-        and weight.numel > QUANTISED_NUMEL
-    )
+    return weight.dtype.itemsize == 1 and weight.dtype is not torch.bool and weight.numel > QUANTISED_NUMEL
 
 
 def _reads_lazily(node: fx.Node) -> bool:
     """Whether a node only views its input, so that a large one costs nothing."""
-    return permutation(node) is not None or is_op(
-        node, *COMPOSED_VIEWS, aten.slice, aten.select, aten.narrow
-    )
+    return permutation(node) is not None or is_op(node, *COMPOSED_VIEWS, aten.slice, aten.select, aten.narrow)
 
 
 def _lazy_weight(program: Program, node: fx.Node) -> Weight | None:
@@ -282,11 +236,7 @@ def _lazy_weight(program: Program, node: fx.Node) -> Weight | None:
 
 def _lazy_step(node: fx.Node) -> Callable[[Weight], Weight] | None:
     value = node.meta.get("val")
-    if (
-        len(node.all_input_nodes) != 1
-        or not isinstance(value, torch.Tensor)
-        or not _static(value)
-    ):
+    if len(node.all_input_nodes) != 1 or not isinstance(value, torch.Tensor) or not _static(value):
         return None
     dims = permutation(node)
     if dims is not None:
@@ -311,11 +261,6 @@ def _lazy_step(node: fx.Node) -> Callable[[Weight], Weight] | None:
 
 def _weight_name(node: fx.Node) -> str:
     """``module.path.op``: where the value was computed, and by what."""
-    operation = (
-        getattr(getattr(node.target, "overloadpacket", None), "__name__", None)
-        or node.name
-    )
-    origin = re.sub(r"[^0-9A-Za-z_.]+", ".", str(node.meta.get(ORIGIN) or "")).strip(
-        "."
-    )
+    operation = getattr(getattr(node.target, "overloadpacket", None), "__name__", None) or node.name
+    origin = re.sub(r"[^0-9A-Za-z_.]+", ".", str(node.meta.get(ORIGIN) or "")).strip(".")
     return f"{origin}.{operation}" if origin else f"constant.{operation}"

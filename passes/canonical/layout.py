@@ -60,9 +60,7 @@ def stride_sensitive(graph: fx.Graph) -> set[fx.Node]:
     """
     found: set[fx.Node] = set()
     for node in reversed(graph.nodes):
-        if _looks_at_strides(node) or (
-            node in found and not is_op(node, *DENSE_RESULTS)
-        ):
+        if _looks_at_strides(node) or (node in found and not is_op(node, *DENSE_RESULTS)):
             found.update(node.all_input_nodes)
     return found
 
@@ -80,11 +78,7 @@ def _looks_at_strides(node: fx.Node) -> bool:
 
 def permutation(node: fx.Node) -> list[int] | None:
     """Which input dimension each output dimension of a permutation is; None for other operators."""
-    if (
-        node.op != "call_function"
-        or not node.args
-        or not isinstance(node.args[0], fx.Node)
-    ):
+    if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
         return None
     value = node.args[0].meta.get("val")
     if not isinstance(value, torch.Tensor):
@@ -98,7 +92,7 @@ def permutation(node: fx.Node) -> list[int] | None:
         a, b = int(arguments[1]) % rank, int(arguments[2]) % rank
         order[a], order[b] = order[b], order[a]
         return order
-    if is_op(node, aten.t) and rank == 2 or is_op(node, aten.mT) and rank >= 2:
+    if (is_op(node, aten.t) and rank == 2) or (is_op(node, aten.mT) and rank >= 2):
         order[-1], order[-2] = order[-2], order[-1]
         return order
     if is_op(node, aten.numpy_T):

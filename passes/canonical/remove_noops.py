@@ -6,10 +6,11 @@
     %d = aten.dropout(%c, 0.1, False)
     return %d                               return %b
 
-What counts as nothing: copies and aliases, casts to the type that a value has (and there-and-back through a wider type),
+What counts as nothing: copies and aliases, casts to the type that a value has (and there and back through a wider one),
 dropout at inference, views to the same shape, permutations that cancel, whole slices, padding by zero, concatenation of
-one part, multiplication by one. Permutations of two dimensions are written ``transpose``. ``view`` and ``_unsafe_view`` become ``reshape``, which asks nothing of strides; then
-copies made only for the sake of strides can go, except before operators that do look at strides.
+one part, multiplication by one, ``and true``. Permutations of two dimensions are written ``transpose``; ``view`` and
+``_unsafe_view`` become ``reshape``, which asks nothing of strides. Then copies made only for the sake of strides can
+go, except before operators that do look at strides.
 
 ``x + 0.0`` stays: it turns -0.0 into 0.0. Sizes are compared symbolically, at every size that the signature allows.
 """
@@ -122,9 +123,7 @@ class RemoveNoops(Pass):
             rewriter = Rewriter(program, self.name, name)
             strict = stride_sensitive(rewriter.graph)
             for node in list(rewriter.graph.nodes):
-                handler = _HANDLERS.get(
-                    getattr(node.target, "overloadpacket", node.target)
-                )
+                handler = _HANDLERS.get(getattr(node.target, "overloadpacket", node.target))
                 if handler is None or node.op != "call_function":
                     continue
                 stats.attempts += 1
@@ -152,11 +151,7 @@ def _source(node: fx.Node) -> fx.Node | None:
 
 def _same_type(rewriter: Rewriter, node: fx.Node) -> Replacement:
     source = _source(node)
-    return (
-        source
-        if source is not None and same_type(source.meta["val"], node.meta["val"])
-        else None
-    )
+    return source if source is not None and same_type(source.meta["val"], node.meta["val"]) else None
 
 
 def _cast(rewriter: Rewriter, node: fx.Node) -> Replacement:
@@ -175,47 +170,31 @@ def _cast(rewriter: Rewriter, node: fx.Node) -> Replacement:
             return (
                 inner
                 if original == after.dtype
-                else _new(
-                    rewriter, node, aten._to_copy.default, inner, dtype=after.dtype
-                )
+                else _new(rewriter, node, aten._to_copy.default, inner, dtype=after.dtype)
             )
     if node.target is not aten._to_copy.default or set(node.kwargs) != {"dtype"}:
         return _new(rewriter, node, aten._to_copy.default, source, dtype=after.dtype)
     return None
 
 
-def _new(
-    rewriter: Rewriter, node: fx.Node, target: Any, *args: Any, **kwargs: Any
-) -> fx.Node:
+def _new(rewriter: Rewriter, node: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
     """A node in the place of ``node``, of the same shape and dtype."""
     with rewriter.before(node):
         return rewriter.call(target, *args, like=node, same_value=True, **kwargs)
 
 
 def _dropout(rewriter: Rewriter, node: fx.Node) -> Replacement:
-    return (
-        _source(node)
-        if argument(node, "train") is False or argument(node, "p") == 0
-        else None
-    )
+    return _source(node) if argument(node, "train") is False or argument(node, "p") == 0 else None
 
 
 def _pad(rewriter: Rewriter, node: fx.Node) -> Replacement:
     # Equal shapes would not do: padding by [1, -1] shifts.
-    return (
-        _source(node)
-        if all(isinstance(p, int) and p == 0 for p in argument(node, "pad"))
-        else None
-    )
+    return _source(node) if all(isinstance(p, int) and p == 0 for p in argument(node, "pad")) else None
 
 
 def _repeat_interleave(rewriter: Rewriter, node: fx.Node) -> Replacement:
     # The overloads with a tensor of counts may keep the size and yet repeat one entry and drop another.
-    return (
-        _same_type(rewriter, node)
-        if node.target is aten.repeat_interleave.self_int
-        else None
-    )
+    return _same_type(rewriter, node) if node.target is aten.repeat_interleave.self_int else None
 
 
 def _view(rewriter: Rewriter, node: fx.Node) -> Replacement:
@@ -230,9 +209,7 @@ def _view(rewriter: Rewriter, node: fx.Node) -> Replacement:
         root = _source(root)
     if found is not None or root is None:
         return found
-    if not is_op(node, *RESHAPES) or (
-        node.target is aten.reshape.default and root is node.args[0]
-    ):
+    if not is_op(node, *RESHAPES) or (node.target is aten.reshape.default and root is node.args[0]):
         return None
     if node.target is aten.view.dtype:
         return None
@@ -260,11 +237,7 @@ def _permute(rewriter: Rewriter, node: fx.Node) -> Replacement:
         return root
     moved = [d for d, target in enumerate(dims) if d != target]
     if len(moved) == 2:
-        if (
-            root is source
-            and node.target is aten.transpose.int
-            and list(node.args[1:]) == moved
-        ):
+        if root is source and node.target is aten.transpose.int and list(node.args[1:]) == moved:
             return None
         return _new(rewriter, node, aten.transpose.int, root, *moved)
     if root is source and node.target is aten.permute.default:
@@ -278,21 +251,12 @@ def _cat(rewriter: Rewriter, node: fx.Node) -> Replacement:
     value = node.meta["val"]
     if not isinstance(dim, int):
         return None
-    full = [
-        p
-        for p in parts
-        if p.meta["val"].dim() == value.dim()
-        and not same_size(p.meta["val"].shape[dim], 0)
-    ]
+    full = [p for p in parts if p.meta["val"].dim() == value.dim() and not same_size(p.meta["val"].shape[dim], 0)]
     if len(full) == 1 and same_type(full[0].meta["val"], value):
         return full[0]
     # Equal parts only: dtype promotion and the old rule for empty vectors must not change.
     dropped_safely = all(p.meta["val"].dtype == value.dtype for p in parts) and full
-    return (
-        _new(rewriter, node, aten.cat.default, full, dim)
-        if dropped_safely and len(full) < len(parts)
-        else None
-    )
+    return _new(rewriter, node, aten.cat.default, full, dim) if dropped_safely and len(full) < len(parts) else None
 
 
 def _getitem(rewriter: Rewriter, node: fx.Node) -> Replacement:
@@ -306,12 +270,7 @@ def _getitem(rewriter: Rewriter, node: fx.Node) -> Replacement:
 def _copy_into(rewriter: Rewriter, node: fx.Node) -> Replacement:
     """``copy(dst, src)`` and ``slice_scatter(dst, src)``: all of ``dst`` is overwritten where the types are equal."""
     source = argument(node, "src")
-    return (
-        source
-        if isinstance(source, fx.Node)
-        and same_type(source.meta["val"], node.meta["val"])
-        else None
-    )
+    return source if isinstance(source, fx.Node) and same_type(source.meta["val"], node.meta["val"]) else None
 
 
 def _with_literal(rewriter: Rewriter, node: fx.Node) -> Replacement:
@@ -319,47 +278,28 @@ def _with_literal(rewriter: Rewriter, node: fx.Node) -> Replacement:
     neutral = is_op(node, aten.logical_and, aten.bitwise_and, aten.__and__)
     a, b = node.args[:2]
     for literal, other in ((a, b), (b, a)):
-        if (
-            isinstance(other, fx.Node)
-            and same_type(other.meta["val"], node.meta["val"])
-            and _all_are(literal, neutral)
-        ):
+        if isinstance(other, fx.Node) and same_type(other.meta["val"], node.meta["val"]) and _all_are(literal, neutral):
             return other
     return None
 
 
 def _all_are(literal: Any, value: bool) -> bool:
     """Whether a tensor of truth values is a literal that holds ``value`` everywhere."""
-    if (
-        not isinstance(literal, fx.Node)
-        or getattr(literal.meta.get("val"), "dtype", None) is not torch.bool
-    ):
+    if not isinstance(literal, fx.Node) or getattr(literal.meta.get("val"), "dtype", None) is not torch.bool:
         return False
     if is_op(literal, aten.full, aten.full_like, aten.new_full, aten.scalar_tensor):
-        fill = argument(
-            literal, "s" if is_op(literal, aten.scalar_tensor) else "fill_value"
-        )
+        fill = argument(literal, "s" if is_op(literal, aten.scalar_tensor) else "fill_value")
         return isinstance(fill, (bool, int, float)) and bool(fill) is value
     return is_op(
         literal,
-        *(
-            (aten.ones, aten.new_ones, aten.ones_like)
-            if value
-            else (aten.zeros, aten.new_zeros, aten.zeros_like)
-        ),
+        *((aten.ones, aten.new_ones, aten.ones_like) if value else (aten.zeros, aten.new_zeros, aten.zeros_like)),
     )
 
 
 def _times_one(rewriter: Rewriter, node: fx.Node) -> Replacement:
     operands = [a for a in node.args if isinstance(a, fx.Node)]
     number: Any = next((a for a in node.args if not isinstance(a, fx.Node)), None)
-    if (
-        len(operands) != 1
-        or len(node.args) != 2
-        or node.kwargs
-        or isinstance(number, bool)
-        or number != 1
-    ):
+    if len(operands) != 1 or len(node.args) != 2 or node.kwargs or isinstance(number, bool) or number != 1:
         return None
     divides = is_op(node, aten.div, aten.pow)
     if divides and node.args[0] is not operands[0]:
@@ -369,18 +309,10 @@ def _times_one(rewriter: Rewriter, node: fx.Node) -> Replacement:
 
 def _minus_zero(rewriter: Rewriter, node: fx.Node) -> Replacement:
     source, number = _source(node), node.args[1]
-    zero = (
-        not isinstance(number, (fx.Node, bool))
-        and number == 0
-        and str(number) != "-0.0"
-    )
+    zero = not isinstance(number, (fx.Node, bool)) and number == 0 and str(number) != "-0.0"
     if not zero or source is None or len(node.args) != 2:
         return None
-    integral = (
-        not source.meta["val"].is_floating_point()
-        if isinstance(source.meta["val"], torch.Tensor)
-        else False
-    )
+    integral = not source.meta["val"].is_floating_point() if isinstance(source.meta["val"], torch.Tensor) else False
     if is_op(node, aten.add) and not integral:
         return None
     return source if same_type(source.meta["val"], node.meta["val"]) else None

@@ -18,18 +18,12 @@ def same_size(a: Size, b: Size) -> bool:
     if left == right:
         return True
     # Different constants against a symbol's range, or two forms of one expression: ask the shape environment.
-    return bool(left.free_symbols & right.free_symbols) and statically_known_true(
-        a == b
-    )
+    return bool(left.free_symbols & right.free_symbols) and statically_known_true(a == b)
 
 
 def same_shape(a: Any, b: Any) -> bool:
     """Whether two values are tensors of equal rank and certainly equal sizes."""
-    if (
-        not isinstance(a, torch.Tensor)
-        or not isinstance(b, torch.Tensor)
-        or a.dim() != b.dim()
-    ):
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor) or a.dim() != b.dim():
         return False
     return all(same_size(x, y) for x, y in zip(a.shape, b.shape, strict=True))
 

@@ -44,9 +44,7 @@ def respell(rewriter: Rewriter) -> int:
     for node in list(rewriter.graph.nodes):
         if node.op != "call_function":
             continue
-        rule = _BY_OVERLOAD.get(node.target) or _BY_PACKET.get(
-            getattr(node.target, "overloadpacket", node.target)
-        )
+        rule = _BY_OVERLOAD.get(node.target) or _BY_PACKET.get(getattr(node.target, "overloadpacket", node.target))
         if rule is None or node in strict:
             continue
         new = rule(rewriter, node)
@@ -56,41 +54,29 @@ def respell(rewriter: Rewriter) -> int:
     return hits
 
 
-def _new(
-    rewriter: Rewriter, node: fx.Node, target: Any, *args: Any, **kwargs: Any
-) -> fx.Node:
+def _new(rewriter: Rewriter, node: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
     with rewriter.before(node):
         return rewriter.call(target, *args, like=node, same_value=True, **kwargs)
 
 
 def _alias(target: Any) -> Rule:
     """The same operator under another name: arguments as they are."""
-    return lambda rewriter, node: _new(
-        rewriter, node, target, *node.args, **node.kwargs
-    )
+    return lambda rewriter, node: _new(rewriter, node, target, *node.args, **node.kwargs)
 
 
 def _logic(on_bools: Any, otherwise: Any) -> Rule:
     def rule(rewriter: Rewriter, node: fx.Node) -> fx.Node | None:
         operands = [a for a in node.args if isinstance(a, fx.Node)]
-        bools = len(operands) == len(node.args) and all(
-            a.meta["val"].dtype is torch.bool for a in operands
-        )
+        bools = len(operands) == len(node.args) and all(a.meta["val"].dtype is torch.bool for a in operands)
         target = on_bools if bools else otherwise
-        return (
-            None if node.target is target else _new(rewriter, node, target, *node.args)
-        )
+        return None if node.target is target else _new(rewriter, node, target, *node.args)
 
     return rule
 
 
 def _rsub(rewriter: Rewriter, node: fx.Node) -> fx.Node | None:
     source, number = node.args[0], node.args[1]
-    if (
-        argument(node, "alpha") != 1
-        or not isinstance(source, fx.Node)
-        or isinstance(number, fx.Node)
-    ):
+    if argument(node, "alpha") != 1 or not isinstance(source, fx.Node) or isinstance(number, fx.Node):
         return None
     with rewriter.before(node):
         negated = rewriter.call(aten.neg.default, source, like=node)
@@ -106,9 +92,7 @@ def _clamp_min(rewriter: Rewriter, node: fx.Node) -> fx.Node | None:
 
 
 def _clamp_max(rewriter: Rewriter, node: fx.Node) -> fx.Node | None:
-    return _new(
-        rewriter, node, aten.clamp.default, node.args[0], None, argument(node, "max")
-    )
+    return _new(rewriter, node, aten.clamp.default, node.args[0], None, argument(node, "max"))
 
 
 def _filled(value: float | None) -> Rule:
@@ -118,18 +102,10 @@ def _filled(value: float | None) -> Rule:
         made: torch.Tensor = node.meta["val"]
         fill = argument(node, "fill_value") if value is None else value
         names = node.target._schema.arguments  # type: ignore[union-attr]
-        shape: Any = (
-            argument(node, "size")
-            if any(a.name == "size" for a in names)
-            else list(made.shape)
-        )
+        shape: Any = argument(node, "size") if any(a.name == "size" for a in names) else list(made.shape)
         if any(isinstance(s, torch.SymInt) for s in shape):
             return None  # the shape of another value, which has no node of its own
-        number = (
-            bool(fill)
-            if made.dtype is torch.bool and not isinstance(fill, fx.Node)
-            else fill
-        )
+        number = bool(fill) if made.dtype is torch.bool and not isinstance(fill, fx.Node) else fill
         options: dict[str, Any] = {"dtype": made.dtype}
         if made.device.type != "cpu":
             options["device"] = made.device
@@ -156,11 +132,7 @@ def _split(rewriter: Rewriter, node: fx.Node) -> fx.Node | None:
 def _reshape(rewriter: Rewriter, node: fx.Node) -> fx.Node | None:
     source = node.args[0]
     shape = _shape_argument(rewriter, node) if isinstance(source, fx.Node) else None
-    return (
-        None
-        if shape is None
-        else _new(rewriter, node, aten.reshape.default, source, shape)
-    )
+    return None if shape is None else _new(rewriter, node, aten.reshape.default, source, shape)
 
 
 def _shape_argument(rewriter: Rewriter, node: fx.Node) -> list[Any] | None:
@@ -173,11 +145,7 @@ def _shape_argument(rewriter: Rewriter, node: fx.Node) -> list[Any] | None:
             plan.append(size)
             continue
         same = next(
-            (
-                d
-                for d, s in enumerate(before)
-                if not isinstance(s, int) and same_size(s, size)
-            ),
+            (d for d, s in enumerate(before) if not isinstance(s, int) and same_size(s, size)),
             None,
         )
         plan.append(-1 if same is None else (same,))
@@ -185,16 +153,9 @@ def _shape_argument(rewriter: Rewriter, node: fx.Node) -> list[Any] | None:
     if plan.count(-1) > 1 or (-1 in plan and 0 in plan):
         return None
     if -1 not in plan and sum(isinstance(p, tuple) for p in plan) == 1:
-        return (
-            [-1 if isinstance(p, tuple) else p for p in plan] if 0 not in plan else None
-        )
+        return [-1 if isinstance(p, tuple) else p for p in plan] if 0 not in plan else None
     with rewriter.before(node):
-        return [
-            rewriter.call(aten.sym_size.int, source, p[0], like=node)
-            if isinstance(p, tuple)
-            else p
-            for p in plan
-        ]
+        return [rewriter.call(aten.sym_size.int, source, p[0], like=node) if isinstance(p, tuple) else p for p in plan]
 
 
 def _pad(rewriter: Rewriter, node: fx.Node) -> fx.Node | None:
@@ -213,11 +174,7 @@ def _pad(rewriter: Rewriter, node: fx.Node) -> fx.Node | None:
 
 def _batch_norm(rewriter: Rewriter, node: fx.Node) -> fx.Node | None:
     norm, index = node.args
-    if (
-        index != 0
-        or not is_op(norm, aten._native_batch_norm_legit_no_training)
-        or not isinstance(norm, fx.Node)
-    ):
+    if index != 0 or not is_op(norm, aten._native_batch_norm_legit_no_training) or not isinstance(norm, fx.Node):
         return None
     x, weight, bias, mean, variance, momentum, eps = norm.args
     return _new(
@@ -270,9 +227,7 @@ _BY_OVERLOAD: dict[Any, Rule] = {
     aten.bitwise_and.Tensor: _logic(aten.logical_and.default, aten.bitwise_and.Tensor),
     aten.bitwise_or.Tensor: _logic(aten.logical_or.default, aten.bitwise_or.Tensor),
     aten.bitwise_xor.Tensor: _logic(aten.logical_xor.default, aten.bitwise_xor.Tensor),
-    aten.bitwise_not.default: _logic(
-        aten.logical_not.default, aten.bitwise_not.default
-    ),
+    aten.bitwise_not.default: _logic(aten.logical_not.default, aten.bitwise_not.default),
     operator.getitem: _batch_norm,
 }
 
@@ -303,11 +258,7 @@ def _synonym(rewriter: Rewriter, node: fx.Node) -> fx.Node | None:
     """Another name for an operator: the overload of the same name, where there is one."""
     target: Any = node.target
     overload = getattr(_SYNONYMS[target.overloadpacket], target._overloadname, None)
-    return (
-        None
-        if overload is None
-        else _new(rewriter, node, overload, *node.args, **node.kwargs)
-    )
+    return None if overload is None else _new(rewriter, node, overload, *node.args, **node.kwargs)
 
 
 _BY_PACKET: dict[Any, Rule] = dict.fromkeys(_SYNONYMS, _synonym)

@@ -1,0 +1,184 @@
+"""`optimize`: the front door. A model and a pipeline go in, a program with a report comes out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..ir.errors import ExportError, ImportModelError, InputError
+from ..ir.program import Program
+from .base import Batch
+from .contract import checked_budget
+from .data import calibration_batches, named_inputs
+from .instruments import Disable, Dump, Instrument, Reproducer, StopAfter
+from .manager import PassManager
+from .pipeline import parse_pipeline
+from .report import Report
+
+if TYPE_CHECKING:
+    from ..runtime.compile import Session
+
+
+class Optimized(Program):
+    """A program that went through a pipeline.
+
+    Attributes:
+        report: what every pass did, and what it cost in fidelity.
+    """
+
+    def __init__(self, program: Program, report: Report) -> None:
+        super().__init__(
+            program.entries,
+            program.weights,
+            subgraphs=program.subgraphs,
+            fake_mode=program.fake_mode,
+            tied=program.tied,
+            history=program.history,
+            metadata=program.metadata,
+        )
+        self.report = report
+
+    @property
+    def plan(self) -> dict[str, dict[str, Any]]:
+        """What passes decided, by their text (``drop-layers{ratio=0.2}`` -> which blocks went)."""
+        return self.report.plan
+
+    def export(self, path: str | os.PathLike[str], **options: Any) -> Path:
+        """Write an ONNX file (``.onnx``), or a saved program (a folder: any path without suffix).
+
+        Args:
+            path: where to.
+            options: of `ir.to_onnx.export_onnx`; only for ONNX.
+
+        Raises:
+            ExportError: another suffix, or the file cannot be written.
+        """
+        target = Path(path)
+        if target.suffix == ".onnx":
+            return self.export_onnx(target, **options)
+        if target.suffix and not target.is_dir():
+            raise ExportError(
+                f"cannot write a '{target.suffix}' file", expected="a path that ends in .onnx, or a folder's path"
+            )
+        if options:
+            raise ExportError(f"a saved program has no option {', '.join(options)}", remedy="name an .onnx file")
+        return self.save(target)
+
+    def compile(self, backend: str = "onnxruntime", **options: Any) -> Session:
+        """A session that runs it fast, see `runtime.compile.compile`."""
+        from ..runtime.compile import compile
+
+        return compile(self, backend=backend, **options)
+
+
+def optimize(
+    model_or_program: Any,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | torch.Tensor | None = None,
+    *,
+    passes: Any,
+    calibration: Iterable[Any] | None = None,
+    evaluate: Callable[[Program], float] | None = None,
+    budget: Mapping[str, float] | None = None,
+    verify: int = 1,
+    progress: bool = True,
+    dynamic: Any = None,
+    instruments: Sequence[Instrument] = (),
+    costs: bool = True,
+    dump_dir: str | os.PathLike[str] | None = None,
+    stop_after: str | None = None,
+    disable: Collection[str] = (),
+    reproduce: str | os.PathLike[str] | None = None,
+) -> Optimized:
+    """Run passes over a model.
+
+    Args:
+        model_or_program: an ``nn.Module`` (traced with ``example_inputs``), a `Program`, an ``ExportedProgram``, or a
+            path that `load` takes. It is not changed.
+        example_inputs: a tuple (positional), a dict (keyword) or one tensor. With them, every exact pass is run
+            against the graph before it; their sizes are those of the report's costs.
+        passes: a pipeline string, a pass, or a sequence of both.
+        calibration: any iterable of input tuples or dicts (read once); passes that look at data use it, and the drift
+            of approximate passes is measured on it (else on ``example_inputs``).
+        evaluate: a figure of merit; called with the program before and after, and reported.
+        budget: bounds on the drift from the given model, checked after every approximate pass: ``kl`` and ``relative``
+            (largest allowed), ``top1`` (smallest allowed agreement), ``drift`` (largest ``kl`` where outputs look like
+            logits, largest ``relative`` elsewhere). Over budget, nothing is returned: `PostconditionError`.
+        verify: what to check after each pass: 0 nothing, 1 structure, 2 shapes and text, 3 as well that passes which
+            promise equal outputs keep it (needs example inputs; done at every level but 0 when they are given).
+        progress: bars around loops of more than 2 seconds, on a terminal.
+        dynamic: for tracing a module, see `trace`.
+        instruments: watch or steer the run.
+        costs: whether the report has MACs and peak activation bytes.
+        dump_dir: write the program as text after every pass to this folder.
+        stop_after: end the pipeline after the pass of this name.
+        disable: names of passes to skip.
+        reproduce: on failure, write a folder here from which the failing step can be run again.
+
+    Returns:
+        The result: a `Program` with ``.report``, ``.plan``, ``.export(path)`` and ``.compile(backend=...)``.
+
+    Raises:
+        PipelineError: the pipeline is wrong.
+        ImportModelError: the model cannot be read or traced.
+        InputError: example inputs or calibration do not fit the model.
+        GraphlatheError: a pass failed, see `PassManager.run`.
+    """
+    pipeline = parse_pipeline(passes)  # what can be wrong with the call is said before anything slow
+    checked_budget(budget)
+    if verify == 3 and example_inputs is None:
+        raise InputError("verification level 3 compares outputs", remedy="pass example_inputs=")
+    program, traced_from = _program(model_or_program, example_inputs, dynamic)
+    feeds = None if example_inputs is None else _example(program, example_inputs, traced=traced_from)
+    tools = list(instruments)
+    tools += [Dump(Path(dump_dir))] if dump_dir is not None else []
+    tools += [StopAfter(stop_after)] if stop_after is not None else []
+    tools += [Disable(disable)] if disable else []
+    tools += [Reproducer(Path(reproduce))] if reproduce is not None else []
+    manager = PassManager(
+        pipeline,
+        feeds=feeds,
+        calibration=calibration_batches(program, calibration),
+        verify=verify,
+        differential=verify > 0,
+        budget=budget,
+        costs=costs,
+        progress=progress,
+        instruments=tools,
+    )
+    before = float(evaluate(program)) if evaluate is not None else None
+    result, report = manager.run(program)
+    optimized = Optimized(result, report)
+    report.metric_before = before
+    report.metric_after = float(evaluate(optimized)) if evaluate is not None else None
+    return optimized
+
+
+def _program(model: Any, example_inputs: Any, dynamic: Any) -> tuple[Program, bool]:
+    """The model as a program, and whether ``example_inputs`` were what it was traced with."""
+    if isinstance(model, Program):
+        return model, False
+    if isinstance(model, (str, os.PathLike)):
+        from ..ir.load import load
+
+        return load(Path(model)), False
+    if isinstance(model, (torch.nn.Module, torch.export.ExportedProgram)):
+        from ..ir.from_torch import trace
+
+        inputs = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else example_inputs
+        return trace(model, inputs, dynamic=dynamic), isinstance(model, torch.nn.Module)
+    raise ImportModelError(
+        f"cannot optimize a {type(model).__name__}",
+        expected="an nn.Module, a Program, an ExportedProgram, or the path of a model",
+    )
+
+
+def _example(program: Program, inputs: Any, *, traced: bool) -> Batch:
+    if traced and isinstance(inputs, Mapping):
+        # A module may be traced with arguments that the graph does not read, or that are not tensors and were fixed.
+        known = {*program.main.arguments, *program.main.inputs, *program.main.constants}
+        inputs = {name: value for name, value in inputs.items() if name in known}
+    return named_inputs(program, inputs, "example_inputs")
