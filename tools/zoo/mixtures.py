@@ -207,8 +207,8 @@ STATE_SPACES: tuple[ZooModel, ...] = (
         linear_num_key_heads=2,
         linear_num_value_heads=4,
         shared_expert_intermediate_size=16,
-        note="chunks of 64: traced at one chunk, torch.export guards S < 64; without that guard the program runs and gives "
-        "wrong numbers at 64 < S. Slow: more than a minute to trace",
+        note="chunks of 64: traced at one, torch.export guards S < 64; without that guard the program runs, and gives "
+        "wrong numbers from 65 on. Slow: more than a minute to trace",
         **EXPERTS,
     ),
     causal(
