@@ -60,7 +60,8 @@ class _Builder:
         self.nested = {s.name: s for s in self.document.sections if s.kind == "graph"}
         self.symbols: dict[tuple[str, int, int | None, int | None], sympy.Symbol] = {}
         self.unbacked: dict[sympy.Symbol, str] = {}
-        self.unbacked_dims = {d.name: d for s in self.document.sections for d in s.dims if d.hint is None}
+        self.unbacked_dims = {d.name for s in self.document.sections for d in s.dims if d.hint is None}
+        self.size_like = self._size_like()
 
     def program(self) -> Program:
         document, built = self.document, self.built
@@ -75,6 +76,12 @@ class _Builder:
         built.history.extend(document.history)
         built.tied.update(document.tied)
         return built
+
+    def _size_like(self) -> set[str]:
+        """The data-dependent numbers that some tensor has as a size: they are not negative."""
+        types = {line.type.text for section in self.document.sections for line in section.operators}
+        sizes = {word for text in types if "[" in text for word in re.findall(r"[A-Za-z_]\w*", text)}
+        return self.unbacked_dims & sizes
 
     def _entry(self, section: Section) -> Entry:
         scope = _Scope(self, section)
@@ -143,7 +150,7 @@ class _Scope:
         assert hint is not None
         if not name.isidentifier() or keyword.iskeyword(name) or name in self.dims:
             line.place.fail(f"'{name}' cannot name a dimension here")
-        low, high = line.min if line.min is not None else 1, line.max
+        low, high = line.min, line.max
         if not low <= hint <= (hint if high is None else high):
             line.place.fail(f"the size {hint} is outside the range of '{name}'")
         key = (name, hint, low, high)
@@ -320,15 +327,13 @@ class _Scope:
             expr = size.node.expr if isinstance(size, (torch.SymInt, torch.SymFloat)) else None
             if expr is None or not is_unbacked(expr) or expr in self.builder.unbacked:
                 continue
-            line = self.builder.unbacked_dims.get(name)
-            if line is None or name in self.names:
+            if name not in self.builder.unbacked_dims or name in self.names:
                 continue
             self.builder.unbacked[expr] = name
             self.names[name] = expr
-            low = -int_oo if line.min is None else line.min
-            high = int_oo if line.max is None else line.max
-            self.env._update_var_to_range(expr, ValueRanges(low, high))
-            self.env.size_like.add(expr)
+            if name in self.builder.size_like:
+                self.env._update_var_to_range(expr, ValueRanges(0, int_oo))
+                self.env.size_like.add(expr)
 
 
 _TENSOR = re.compile(r"([a-z]\w*)\[(.*)\]")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 
 from .errors import GraphlatheError, UnsupportedOpError, VerifyError
 from .execute import copy_graph
@@ -58,7 +59,8 @@ def infer(program: Program, node: fx.Node) -> Any:
     args = fx.node.map_arg(node.args, value_of)
     kwargs = fx.node.map_arg(node.kwargs, value_of)
     try:
-        with program.fake_mode, torch.no_grad():
+        # As in tracing: some operators take symbolic sizes only through their Python decompositions.
+        with program.fake_mode, enable_python_dispatcher(), torch.no_grad():
             return node.target(*args, **kwargs)  # type: ignore[operator]
     except GraphlatheError:
         raise
@@ -73,14 +75,20 @@ def infer(program: Program, node: fx.Node) -> Any:
 
 
 class Inference:
-    """`infer` with a memory for one program; results may be shared between nodes.
+    """`infer` with a memory for one program.
+
+    Args:
+        program: whose fake mode and nested graphs are used.
+        share: whether equal results may be one object. Nodes of a graph must not share one: a fake tensor remembers
+            the data-dependent sizes that were read from it.
 
     Attributes:
         runs: how often an operator was really run.
     """
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, *, share: bool = False) -> None:
         self.program = program
+        self.share = share
         self.runs = 0
         self._known: dict[Any, Any] = {}
         self._types: dict[int, tuple[Any, Any]] = {}  # by id of a value, which is kept alive beside its key
@@ -93,13 +101,21 @@ class Inference:
         except TypeError:  # an argument that cannot be hashed
             return self._run(node)
         if known is not self:
-            return known
+            return known if self.share else self._twin(known)
         value = self._run(node)
         given: set[Any] = set()
         for operand in node.all_input_nodes:
             given |= symbols_of(operand.meta.get("val"))
         if not any(is_unbacked(s) for s in symbols_of(value) - given):
             self._known[key] = value
+        return value
+
+    def _twin(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            with self.program.fake_mode:
+                return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+        if isinstance(value, (tuple, list)):
+            return type(value)(self._twin(v) for v in value)
         return value
 
     def _run(self, node: fx.Node) -> Any:

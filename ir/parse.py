@@ -54,7 +54,7 @@ class TypeText:
 
 @dataclass
 class WeightLine:
-    """``%w0 = weight "name" : f32[4, 4] #a1b2c3d4``"""
+    """``%w0 = weight "name" : f32[4, 4] #a1b2c3d4``."""
 
     result: str
     name: str
@@ -64,7 +64,7 @@ class WeightLine:
 
 @dataclass
 class OperatorLine:
-    """``%0 = aten.add.Tensor(%a, %b, alpha=2) : f32[4]``"""
+    """``%0 = aten.add.Tensor(%a, %b, alpha=2) : f32[4]``."""
 
     result: str
     target: str
@@ -77,7 +77,7 @@ class OperatorLine:
 
 @dataclass
 class StateLine:
-    """``state %past -> %past.next = weight "past" : f32[4] #a1b2c3d4``"""
+    """``state %past -> %past.next = weight "past" : f32[4] #a1b2c3d4``."""
 
     input: str
     output: str
@@ -87,11 +87,11 @@ class StateLine:
 
 @dataclass
 class DimLine:
-    """``dim S = 12 in [1, 512]``; a size that depends on data has no example (``hint`` None)."""
+    """``dim S = 12 in [1, 512]``; or ``dim u0``, a size that depends on data (``hint`` None)."""
 
     name: str
     hint: int | None
-    min: int | None
+    min: int
     max: int | None
     place: Place
 
@@ -465,14 +465,23 @@ def _operator(line: Line, result: str, target: str, place: Place) -> OperatorLin
 
 def _dim(line: Line, place: Place) -> DimLine:
     name = line.next("word", what="a name")
-    hint = int(line.next("number")) if line.accept("=") else None
+    if not line.accept("="):
+        return DimLine(name, None, 0, None, place)
+    hint = _whole(line)
     line.next("word", "in")
     line.next(text="[")
-    low = line.next("number")
+    low = _whole(line)
     line.next(text=",")
-    high = line.next("number")
+    high = None if line.accept("inf") else _whole(line)
     line.next(text="]")
-    return DimLine(name, hint, None if "inf" in low else int(low), None if "inf" in high else int(high), place)
+    return DimLine(name, hint, low, high, place)
+
+
+def _whole(line: Line) -> int:
+    place, text = line.place(), line.next("number", what="a whole number")
+    if not text.isdigit():
+        place.fail(f"found '{text}'", expected="a whole number")
+    return int(text)
 
 
 def _state(line: Line, place: Place) -> StateLine:

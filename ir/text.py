@@ -140,16 +140,8 @@ class _Printer:
         return _section(f"graph @{quoted(name)}({ports})", self._unbacked_dims(known), lines)
 
     def _unbacked_dims(self, known: int) -> list[str]:
-        """The data-dependent sizes that a section met first, with the ranges that are known for them."""
-        env: Any = self.program.fake_mode.shape_env
-        lines: list[str] = []
-        for symbol, name in list(self.unbacked.items())[known:]:
-            bounds = env.var_to_range.get(symbol) if env is not None else None
-            low, high = (0, None) if bounds is None else (bounds.lower, bounds.upper)
-            lower = "-inf" if not low.is_finite else str(max(low, -(2**62))) if bounds else "0"
-            upper = "inf" if high is None or not high.is_finite or high > 2**31 else str(high)
-            lines.append(f"dim {name} in [{lower}, {upper}]")
-        return lines
+        """The data-dependent sizes that a section met first; what is known of them, its operators say."""
+        return [f"dim {name}" for name in list(self.unbacked.values())[known:]]
 
     def _weight(self, name: str, types: TypePrinter) -> str:
         weight: Weight | None = self.program.weights.get(name)
