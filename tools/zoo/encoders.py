@@ -130,7 +130,7 @@ def t5_like(
     name: str, prefix: str, blocks: tuple[int, int], *fields: Field, note: str = "", **settings: Any
 ) -> ZooModel:
     """Sizes as T5 names them."""
-    sizes = {
+    sizes: dict[str, Any] = {
         "d_model": 32,
         "d_kv": 8,
         "d_ff": 64,
@@ -145,7 +145,7 @@ def t5_like(
 
 def bart_like(name: str, prefix: str, blocks: tuple[int, int], note: str = "", **settings: Any) -> ZooModel:
     """Sizes as BART, and everything copied from it, names them."""
-    sizes = {
+    sizes: dict[str, Any] = {
         "d_model": 32,
         "encoder_layers": blocks[0],
         "decoder_layers": blocks[1],

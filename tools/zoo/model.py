@@ -154,9 +154,13 @@ def enliven(module: nn.Module, seed: int) -> None:
                 fan_in = weight[0].numel() if id(weight) in convolutions else weight.shape[-1]
                 weight.copy_(noise / math.sqrt(fan_in))
         for layer in module.modules():
-            if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d) and layer.running_mean is not None:
-                layer.running_mean.copy_(0.1 * torch.randn(layer.running_mean.shape, generator=generator))
-                layer.running_var.copy_(0.5 + torch.rand(layer.running_var.shape, generator=generator))
+            if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+                for statistic, drawn_values in (
+                    (layer.running_mean, 0.1 * torch.randn(layer.num_features, generator=generator)),
+                    (layer.running_var, 0.5 + torch.rand(layer.num_features, generator=generator)),
+                ):
+                    if statistic is not None:
+                        statistic.copy_(drawn_values)
 
 
 def entry(
