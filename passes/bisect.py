@@ -8,8 +8,8 @@ from typing import Any
 
 from ..ir.errors import GraphlatheError, InputError
 from ..ir.program import Program
+from ..ir.verify import TOLERANCE, output_error
 from .base import Batch
-from .contract import TOLERANCE, max_error
 from .instruments import Instrument, Snapshots
 from .manager import PassManager
 
@@ -100,7 +100,7 @@ def _same_outputs(program: Program, feeds: Batch, tol: float | None) -> Callable
             return False
         for name, want in expected.items():
             allowed = tol if tol is not None else TOLERANCE.get(getattr(want, "dtype", None), 0.0)  # type: ignore[arg-type]
-            if name not in actual or not max_error(actual[name], want) <= allowed:
+            if name not in actual or not output_error(actual[name], want) <= allowed:
                 return False
         return True
 

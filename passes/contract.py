@@ -17,13 +17,11 @@ import torch
 
 from ..ir.errors import InputError, PostconditionError, suggest
 from ..ir.program import Program
+from ..ir.verify import TOLERANCE, output_error
 from .base import Batch, Effect, Pass
 from .fidelity import Drift, measure_drift
 from .progress import Progress
 from .report import Row
-
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
-"""Largest ``max|a-b| / max|b|`` by dtype; integers and truth values must be equal."""
 
 BUDGETS = ("drift", "kl", "relative", "top1")
 _SEED = 0
@@ -102,7 +100,7 @@ class Contract:
         for name, want in expected.items():
             if name not in actual:
                 raise PostconditionError(f"the output '{name}' is gone", pass_name=pass_.name)
-            error, tolerance = max_error(actual[name], want), _tolerance(want)
+            error, tolerance = output_error(actual[name], want), _tolerance(want)
             row.error, row.tolerance = max(row.error, error), max(row.tolerance, tolerance)
             if not error <= tolerance:
                 raise PostconditionError(
@@ -187,22 +185,3 @@ def _seeded(run: Any) -> Any:
 
 def _tolerance(value: Any) -> float:
     return TOLERANCE.get(value.dtype, 0.0) if isinstance(value, torch.Tensor) else 0.0
-
-
-def max_error(actual: Any, expected: Any) -> float:
-    """``max|a-b| / max|b|``; equal infinities and NaNs at equal places count as equal, any other as infinite error."""
-    a, b = torch.as_tensor(actual), torch.as_tensor(expected)
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return math.inf
-    if not a.numel():
-        return 0.0
-    if a.is_complex():
-        a, b = torch.view_as_real(a), torch.view_as_real(b)
-    if not a.is_floating_point():
-        return 0.0 if torch.equal(a, b) else math.inf
-    a, b = a.double(), b.double()
-    same = (a == b) | (a.isnan() & b.isnan())
-    difference = torch.where(same, 0.0, (a - b).abs())
-    worst = float(difference.nan_to_num(nan=math.inf, posinf=math.inf).max())
-    scale = float(torch.where(b.isfinite(), b.abs(), 0.0).max())
-    return 0.0 if worst == 0 else math.inf if scale == 0 else worst / scale
