@@ -1,0 +1,344 @@
+"""Residual units, and the chains that they form: the skeleton of a graph's residual streams.
+
+A **unit** is an addition (a tree of additions counts as one) of which one operand, the stream value `a`, is an
+ancestor of other operands, its branches: ``b = a + f(a) [+ g(a)]``. That is the local form of 'b immediately
+post-dominates a within its stack': unlike dominators over the whole graph it holds however many other values (another
+stack's output, a mask, positions, the first embedding) enter the branches, and whatever is tapped from the stream for
+heads, intermediate outputs or caches. Casts, copies and constant factors on either side are looked through, and a
+branch must do some work beyond elementwise operators, which keeps formulas such as ``x + 0.04 * x**3`` out.
+
+Two more kinds of unit exist inside a chain, and cannot be dropped: a **projection** (both operands of the addition are
+branches of one value, their dominator: the strided blocks of a ResNet) and a **sequential** one (no addition, but the
+same operators as a branch of the same stream: the strided blocks of a MobileNet).
+
+Units nest (a bottleneck with residual units inside; a skip over half a network). A unit inside a branch of another is
+its child; a unit that merely bridges a run of units is a long skip, and is dissolved: if it stands alone, or if
+the other units of its chain have no children. Units follow each other in a chain when the next one's start is reached
+from the last one's end along immediate dominators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import fx
+
+from .flow import ADDS, Flow, is_pointwise, is_view, op_name
+
+UnitKind = Literal["identity", "projection", "sequential"]
+
+_WORK = {
+    "linear", "mm", "addmm", "bmm", "baddbmm", "addbmm", "matmul", "einsum", "mv", "addmv", "dot", "tensordot",
+    "convolution", "lstm", "gru", "scan", "while_loop", "cond", "map", "associative_scan", "bilinear", "_trilinear",
+    "_grouped_mm",
+}  # fmt: skip
+_RESHAPES = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze"}
+
+
+def does_work(node: fx.Node) -> bool:
+    """Whether an operator is more than elementwise, a view, a reduction or a norm."""
+    name = op_name(node)
+    if not name or is_view(node) or is_pointwise(node) or name.startswith("py."):
+        return False
+    return (
+        name in _WORK
+        or name.startswith(("conv", "fft_", "_fft", "rnn", "quantized", "_scaled_"))
+        or "pool" in name
+        or "attention" in name
+        or "." in name
+    )
+
+
+def has_weight_kernel(node: fx.Node) -> bool:
+    """Whether an operator is a linear map or convolution (of whatever spelling)."""
+    name = op_name(node)
+    return name in ("linear", "addmm", "mm", "matmul") or name.startswith("conv")
+
+
+@dataclass(eq=False)
+class Unit:
+    """One step of a residual stream.
+
+    Attributes:
+        start: the stream value that it reads.
+        end: the addition (for a sequential unit: its last value).
+        kind: see the module's text.
+        leaves: for each branch, the addition in the tree that takes it, and the branch's output.
+        nodes: for each branch, the values from ``start`` (left out) to its output; values that several branches
+            share belong to the first.
+        scaled: whether the stream itself is multiplied by a constant on its way to the addition.
+        children: units inside the branches.
+        tail: what follows ``end`` on the way to the next unit's start (post-norms, activations).
+    """
+
+    start: fx.Node
+    end: fx.Node
+    kind: UnitKind
+    leaves: list[tuple[fx.Node, fx.Node]]
+    nodes: list[list[fx.Node]]
+    scaled: bool = False
+    children: list[Unit] = field(default_factory=list)
+    tail: list[fx.Node] = field(default_factory=list)
+
+    @property
+    def after(self) -> fx.Node:
+        """The stream value after the unit and its tail."""
+        return self.tail[-1] if self.tail else self.end
+
+    @property
+    def size(self) -> int:
+        """Values in all branches."""
+        return sum(len(nodes) for nodes in self.nodes)
+
+
+@dataclass
+class Candidate:
+    """An addition that looked like a residual one and is none.
+
+    Attributes:
+        node: the addition.
+        reason: why it is not part of a stream.
+    """
+
+    node: fx.Node
+    reason: str
+
+    def __str__(self) -> str:
+        return f"%{self.node.name}: {self.reason}"
+
+
+@dataclass
+class _Tree:
+    """A tree of additions: its top, and its operands with the addition that takes each."""
+
+    top: fx.Node
+    leaves: list[tuple[fx.Node, fx.Node]]
+    starts: list[fx.Node | None]
+    scaled: list[fx.Node | None]
+    fork: fx.Node | None
+
+
+def find_units(flow: Flow) -> tuple[list[Unit], list[Candidate]]:
+    """All residual units of a graph, nested ones included, in graph order, and the additions that are none."""
+    trees = _addition_trees(flow)
+    wanted = [n for tree in trees for n in (*tree.starts, *tree.scaled, tree.fork) if n is not None]
+    flow.trace_reach(wanted)
+    units: list[Unit] = []
+    rejected: list[Candidate] = []
+    for tree in trees:
+        unit = _identity_unit(flow, tree) or _projection_unit(flow, tree)
+        if isinstance(unit, Unit):
+            units.append(unit)
+        elif unit is not None:
+            rejected.append(unit)
+    return units, rejected
+
+
+def _addition_trees(flow: Flow) -> list[_Tree]:
+    inner: set[fx.Node] = set()
+    trees: list[_Tree] = []
+    parent = flow.dominators.parent
+    for node in reversed(flow.nodes):
+        if op_name(node) not in ADDS or node in inner or len(node.all_input_nodes) < 2 or not flow.is_float(node):
+            continue
+        leaves = flow.add_leaves(node)
+        inner.update(add for add, _ in leaves)
+        shape = flow.shape(node)
+        starts: list[fx.Node | None] = []
+        scaled: list[fx.Node | None] = []
+        for _, operand in leaves:
+            value = flow.peel(operand) if flow.is_float(operand) and flow.shape(operand) == shape else None
+            starts.append(value if value is not None and _is_shared(flow, operand, value) else None)
+            below = flow.unscale(value) if value is not None else None
+            scaled.append(below if below is not None and len(flow.users(below)) > 1 else None)
+        trees.append(_Tree(node, leaves, starts, scaled, parent[node]))
+    return trees[::-1]
+
+
+def _is_shared(flow: Flow, operand: fx.Node, value: fx.Node) -> bool:
+    """Whether anything but the addition reads the value, at any depth of looking through casts and copies."""
+    while True:
+        if len(flow.users(operand)) > 1:
+            return True
+        if operand is value:
+            return False
+        operand = flow.peel_once(operand) or value
+
+
+def _identity_unit(flow: Flow, tree: _Tree) -> Unit | None:
+    best: tuple[int, int, fx.Node, bool] | None = None
+    for values, is_scaled in ((tree.starts, False), (tree.scaled, True)):
+        for at, value in enumerate(values):
+            if value is None:
+                continue
+            count = sum(
+                i != at and operand is not value and flow.depends(operand, value) and flow.peel(operand) is not value
+                for i, (_, operand) in enumerate(tree.leaves)
+            )
+            if count and (best is None or (count, -flow.position[value]) > best[:2]):
+                best = (count, -flow.position[value], value, is_scaled)
+        if best is not None:
+            break
+    if best is None:
+        return None
+    start = best[2]
+    used = next(i for i, v in enumerate(tree.scaled if best[3] else tree.starts) if v is start)
+    unit = Unit(start, tree.top, "identity", [], [], scaled=best[3])
+    _add_branches(flow, unit, [leaf for i, leaf in enumerate(tree.leaves) if i != used])
+    worked = any(does_work(node) for nodes in unit.nodes for node in nodes)
+    return unit if worked else None
+
+
+def _add_branches(flow: Flow, unit: Unit, leaves: Sequence[tuple[fx.Node, fx.Node]]) -> None:
+    taken: set[fx.Node] = set()
+    for add, operand in sorted(leaves, key=lambda leaf: flow.position[leaf[1]]):
+        if not flow.depends(operand, unit.start):
+            continue
+        nodes = [node for node in flow.between(unit.start, operand) if node not in taken]
+        taken.update(nodes)
+        unit.leaves.append((add, operand))
+        unit.nodes.append(nodes)
+
+
+def _projection_unit(flow: Flow, tree: _Tree) -> Unit | Candidate | None:
+    """A unit of two or more branches of one value, each with a weight of its own, or why it is none."""
+    if tree.fork is None or any(not flow.is_float(operand) for _, operand in tree.leaves):
+        return None
+    if any(flow.shape(operand) != flow.shape(tree.top) for _, operand in tree.leaves):
+        return None
+    unit = Unit(tree.fork, tree.top, "projection", [], [])
+    _add_branches(flow, unit, tree.leaves)
+    if len(unit.leaves) < 2 or not any(does_work(n) for nodes in unit.nodes for n in nodes):
+        return None
+    kernels = sorted(sum(has_weight_kernel(n) for n in nodes) for nodes in unit.nodes)
+    if kernels[0] == 1 and kernels[-1] > 1:
+        return unit
+    return Candidate(
+        tree.top, f"adds branches of %{tree.fork.name}, but none is that value itself or a projection of it"
+    )
+
+
+def top_level(units: Sequence[Unit], flow: Flow) -> list[Unit]:
+    """The units that are in no other's branches, in graph order; the others become their children."""
+    owner: dict[fx.Node, Unit] = {}
+    outer: list[Unit] = []
+    for unit in units:
+        unit.children = []
+    for unit in sorted(units, key=lambda u: (-u.size, flow.position[u.end])):
+        container = owner.get(unit.end)
+        if container is not None:
+            container.children.append(unit)
+        else:
+            outer.append(unit)
+        for nodes in unit.nodes:
+            owner.update((node, unit) for node in nodes)
+        owner.update((add, unit) for add, _ in unit.leaves if add is not unit.end)
+    for unit in units:
+        unit.children.sort(key=lambda u: flow.position[u.end])
+    # A projection is a block of a network that has identity units in a row with it, never a container.
+    kept = [u for u in outer if not (u.kind == "projection" and u.children)]
+    freed = [c for u in outer if u.kind == "projection" and u.children for c in top_level(_descend(u), flow)]
+    return sorted(kept + freed, key=lambda u: flow.position[u.end])
+
+
+def _descend(unit: Unit) -> list[Unit]:
+    found: list[Unit] = []
+    stack = list(unit.children)
+    while stack:
+        child = stack.pop()
+        found.append(child)
+        stack.extend(child.children)
+    return found
+
+
+@dataclass(eq=False)
+class Chain:
+    """Units in a row.
+
+    Attributes:
+        units: the units.
+        before: dominators between the first unit's start (included) and the unit before or the root, nearest first.
+        follows: the unit, of another chain, that the first one is reached from.
+    """
+
+    units: list[Unit]
+    before: list[fx.Node] = field(default_factory=list)
+    follows: Unit | None = None
+
+
+def find_chains(units: Sequence[Unit], flow: Flow) -> list[Chain]:
+    """Link top-level units into chains, dissolving long skips until none is left."""
+    units = top_level(units, flow)
+    dissolved: dict[fx.Node, fx.Node] = {}
+    while True:
+        chains = _link(units, flow, dissolved)
+        skips = [u for chain in chains for u in _long_skips(chain)]
+        if not skips:
+            return [c for c in chains if any(u.kind == "identity" for u in c.units)]
+        for skip in skips:
+            dissolved[skip.end] = skip.leaves[-1][1]
+        inner = [c for skip in skips for c in skip.children]
+        units = sorted([u for u in units if u not in skips] + inner, key=lambda u: flow.position[u.end])
+
+
+def _long_skips(chain: Chain) -> list[Unit]:
+    containers = [u for u in chain.units if len(u.children) > 1]
+    if len(chain.units) == 1 or len(containers) < len(chain.units):
+        # Children must follow each other from the container's own start: a spine, not an aside in a branch.
+        return [u for u in containers if _is_spine(u)]
+    return []
+
+
+def _is_spine(unit: Unit) -> bool:
+    return sum(child.kind == "identity" for child in unit.children) > 1
+
+
+def _link(units: Sequence[Unit], flow: Flow, dissolved: dict[fx.Node, fx.Node]) -> list[Chain]:
+    ends = {unit.end: unit for unit in units}
+    previous: dict[Unit, Unit] = {}
+    paths: dict[Unit, list[fx.Node]] = {}
+    for unit in units:
+        path: list[fx.Node] = []
+        node: fx.Node | None = unit.start
+        while node is not None and node not in ends:
+            path.append(node)
+            node = dissolved[node] if node in dissolved else flow.dominators.parent[node]
+        paths[unit] = path
+        if node is not None and ends[node] is not unit:
+            previous[unit] = ends[node]
+    following: dict[Unit, list[Unit]] = {}
+    for unit, before in previous.items():
+        following.setdefault(before, []).append(unit)
+    length: dict[Unit, int] = {}
+    chosen: dict[Unit, Unit] = {}
+    for unit in sorted(units, key=lambda u: flow.position[u.end], reverse=True):
+        options = [u for u in following.get(unit, []) if _continues(flow, unit, u, paths[u])]
+        if options:
+            chosen[unit] = max(options, key=lambda u: (length[u], -flow.position[u.end]))
+        length[unit] = 1 + (length[chosen[unit]] if unit in chosen else 0)
+    continued = set(chosen.values())
+    chains: list[Chain] = []
+    for unit in units:
+        if unit in continued:
+            continue
+        chain = Chain([unit], paths[unit], previous.get(unit))
+        while chain.units[-1] in chosen:
+            last = chain.units[-1]
+            last.tail = paths[chosen[last]][::-1]
+            chain.units.append(chosen[last])
+        chain.units[-1].tail = []
+        chains.append(chain)
+    return chains
+
+
+def _continues(flow: Flow, unit: Unit, following: Unit, path: Sequence[fx.Node]) -> bool:
+    """Whether the stream goes on: its shape stays the same between the two."""
+    if flow.shape(unit.end) == flow.shape(following.start):
+        return True
+    # A stream may be flattened to two dimensions and back; anything else that changes its shape ends it.
+    changing = [n for n in path if n.args and isinstance(n.args[0], fx.Node) and flow.shape(n) != flow.shape(n.args[0])]
+    return (
+        all(op_name(n) in _RESHAPES for n in changing) and flow.shape(unit.end)[-1:] == flow.shape(following.start)[-1:]
+    )
