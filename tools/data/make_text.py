@@ -1,7 +1,7 @@
 """Make the two texts beside this file from two Debian packages (see README.md): ``make_text.py FOLDER``.
 
-FOLDER is where both were unpacked. Paragraphs of running prose are kept, each on one line; code, tables, lists and verse
-are not.
+FOLDER is where both were unpacked. Paragraphs of running prose are kept, each on one line; code, tables, lists, verse
+and headings are not.
 """
 
 from __future__ import annotations
