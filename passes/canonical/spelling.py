@@ -28,7 +28,7 @@ import torch
 from torch import fx
 
 from ...ir.rewrite import Rewriter, is_op
-from .arguments import argument
+from .arguments import argument, given
 from .layout import stride_sensitive
 from .sizes import same_size
 
@@ -62,6 +62,17 @@ def _new(rewriter: Rewriter, node: fx.Node, target: Any, *args: Any, **kwargs: A
 def _alias(target: Any) -> Rule:
     """The same operator under another name: arguments as they are."""
     return lambda rewriter, node: _new(rewriter, node, target, *node.args, **node.kwargs)
+
+
+def _number(target: Any) -> Rule:
+    """The overload for tensors, which takes numbers as well; its ``alpha`` is a keyword."""
+
+    def rule(rewriter: Rewriter, node: fx.Node) -> fx.Node | None:
+        values = given(node)
+        operands = values.pop("self"), values.pop("other")
+        return _new(rewriter, node, target, *operands, **values)
+
+    return rule
 
 
 def _logic(on_bools: Any, otherwise: Any) -> Rule:
@@ -198,10 +209,10 @@ _BY_OVERLOAD: dict[Any, Rule] = {
     aten.min.other: _alias(aten.minimum.default),
     aten.mm.default: _alias(aten.matmul.default),
     aten.bmm.default: _alias(aten.matmul.default),
-    aten.add.Scalar: _alias(aten.add.Tensor),
-    aten.sub.Scalar: _alias(aten.sub.Tensor),
-    aten.mul.Scalar: _alias(aten.mul.Tensor),
-    aten.div.Scalar: _alias(aten.div.Tensor),
+    aten.add.Scalar: _number(aten.add.Tensor),
+    aten.sub.Scalar: _number(aten.sub.Tensor),
+    aten.mul.Scalar: _number(aten.mul.Tensor),
+    aten.div.Scalar: _number(aten.div.Tensor),
     aten.rsub.Scalar: _rsub,
     aten.square.default: _square,
     aten.clamp_min.default: _clamp_min,

@@ -127,7 +127,9 @@ def test_weight_keys_tell_slices_apart() -> None:
     assert weight_key(base.slice(0, 0, 4)) == weight_key(base.slice(0, 0, 4))
     assert weight_key(base.slice(0, 0, 4)) != weight_key(base.slice(0, 4, 8))
     assert weight_key(Weight.from_tensor(torch.tensor(2.0))) == weight_key(Weight.from_tensor(torch.tensor(2.0)))
-    assert weight_key(Weight.from_tensor(torch.tensor(2.0))) != weight_key(Weight.from_tensor(torch.tensor(2.0).double()))
+    assert weight_key(Weight.from_tensor(torch.tensor(2.0))) != weight_key(
+        Weight.from_tensor(torch.tensor(2.0).double())
+    )
     assert weight_key(Weight.from_tensor(torch.tensor(0.0))) != weight_key(Weight.from_tensor(torch.tensor(-0.0)))
 
 
