@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
 
 from .errors import GraphlatheError, UnsupportedOpError, VerifyError
 from .execute import copy_graph
@@ -112,8 +113,10 @@ class Inference:
 
     def _twin(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            with self.program.fake_mode:
-                return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+            # Thirty times cheaper than an operator that makes a fake tensor.
+            device = value.device
+            with in_kernel_invocation_manager(self.program.fake_mode):
+                return FakeTensor(self.program.fake_mode, value, device)
         if isinstance(value, (tuple, list)):
             return type(value)(self._twin(v) for v in value)
         return value
