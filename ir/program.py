@@ -325,8 +325,13 @@ class Program:
         )
 
     def fingerprint(self) -> str:
-        """A hash of the canonical text, and with it of the weights' contents; independent of node names."""
-        return hashlib.sha256(self.to_text().encode()).hexdigest()[:16]
+        """A hash of the canonical text, and with it of the weights' contents.
+
+        It does not depend on node names, origins, or on the passes by which the program came about.
+        """
+        from .text import print_program
+
+        return hashlib.sha256(print_program(self, history=False).encode()).hexdigest()[:16]
 
     def to_text(self, *, origins: bool = False) -> str:
         """The canonical text form, see `ir.text`."""
