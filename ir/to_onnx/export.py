@@ -170,7 +170,7 @@ def check_graph(model: ir.Model) -> None:
 def _model(translator: Translator, opset: int) -> ir.Model:
     """Translate, and finish: no functions, no unused nodes, and every operator in its form of this opset."""
     graph = translator.translate()
-    graph.opset_imports[""] = opset
+    graph.opset_imports[""] = TRANSLATION_OPSET
     functions = [ir.serde.deserialize_function(f.to_function_proto()) for f in translator.recorder.functions.values()]
     model = ir.Model(
         graph, ir_version=IR_VERSION, producer_name="graphlathe", producer_version=_version(), functions=functions
@@ -179,6 +179,7 @@ def _model(translator: Translator, opset: int) -> ir.Model:
         common.InlinePass()(model)
     if opset > TRANSLATION_OPSET and any(node.op_type in _CHANGED for node in graph):
         version_converter.convert_version(model, opset)
+    graph.opset_imports[""] = opset
     _remove_unused(graph)
     return model
 

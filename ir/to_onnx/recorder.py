@@ -85,7 +85,7 @@ class Recorder(_building.OpRecorder):
         with evaluator.default_as(self):
             return function(*args, **kwargs)
 
-    def value(self, name: str) -> ir.Value:
+    def value(self, name: str | None) -> ir.Value:
         """A value that no node computes (an input or a weight), of the kind that translations expect."""
         return _tensors.SymbolicTensor(self.opset, name=name)
 
@@ -116,7 +116,7 @@ class Recorder(_building.OpRecorder):
                 and not parameter.variadic
                 and not _is_sequence(parameter.type_constraint)
             ):
-                inputs[parameter.name] = self._vector(given)
+                inputs[parameter.name] = self.vector(given)
         if schema.domain == "":
             simpler = self._simplify(schema.name, inputs, attributes)
             if simpler is not None:
@@ -134,7 +134,7 @@ class Recorder(_building.OpRecorder):
             self._kept.append(args)
         return outputs[0]
 
-    def _vector(self, items: Sequence[Any]) -> Any:
+    def vector(self, items: Sequence[Any]) -> Any:
         """A list of sizes, some of them computed, as one vector."""
         if not any(isinstance(item, ir.Value) for item in items):
             return items
@@ -145,7 +145,7 @@ class Recorder(_building.OpRecorder):
             else self.constant([item], ir.DataType.INT64)
             for item in items
         ]
-        return self.opset.Concat(*parts, axis=0)
+        return self.op("Concat", *parts, axis=0)
 
     def _annotate(self, signature: ir.schemas.OpSignature, name: str, outputs: Sequence[ir.Value]) -> None:
         """Set the outputs' element types, from which constants of later operators take theirs."""

@@ -7,6 +7,7 @@ Each operator goes through the first of these that has it: our own translations 
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -21,7 +22,7 @@ from .initializers import WeightTensor, onnx_dtype
 from .lower import Lowering, registry_for
 from .promote import number_as, promoted
 from .recorder import Recorder
-from .special import SPECIAL
+from .special import SPECIAL, by_name
 from .symbolic import Numbers, scalar_type
 
 _MAX_DEPTH = 8
@@ -112,7 +113,7 @@ class Translator:
         if self.numbers.supports(target) and scalar_type(result) is not None:
             args = pytree.tree_map(lambda a: values[a] if isinstance(a, fx.Node) else a, node.args)
             return self._finish(self.numbers.translate(target, args, result), node, origin, depth)
-        special = SPECIAL.get(target)
+        special = SPECIAL.get(target) or by_name(target)
         if special is not None:
             args, kwargs = self._arguments(node, values)
             outputs = special(self, node, *args, **kwargs)
@@ -227,6 +228,21 @@ class Translator:
                 value.name = self.unique(f"{node.name}.{index}" if several else node.name)
         return outputs
 
+    def vector(self, sizes: Sequence[Any]) -> ir.Value:
+        """Numbers and ONNX scalars as one int64 vector."""
+        if all(isinstance(size, int) for size in sizes):
+            return self.recorder.constant(list(sizes), ir.DataType.INT64)
+        return self.recorder.vector(sizes)
+
+    def split(self, x: ir.Value, lengths: ir.Value, axis: int, count: int) -> list[ir.Value]:
+        """``x`` cut along an axis into ``count`` pieces of the given lengths."""
+        outputs = [self.recorder.value(None) for _ in range(count)]
+        for output in outputs:
+            output.type = x.type
+        node = ir.Node("", "Split", [x, lengths], [ir.AttrInt64("axis", axis)], outputs=outputs, version=18)
+        self.recorder.nodes.append(node)
+        return outputs
+
     def unique(self, base: str) -> str:
         """A value name that is not taken: ``base``, or ``base.1``, ``base.2``..."""
         name, count = base, 0
@@ -237,7 +253,7 @@ class Translator:
         return name
 
     def _describe_all(self, outputs: Any, node: fx.Node) -> None:
-        """Describe the results that are read: translations leave the others (a norm's saved statistics) as they like."""
+        """Describe the results that are read; the others (a norm's saved statistics) may have any shape."""
         vals = node.meta.get("val")
         if isinstance(vals, (list, tuple)) and isinstance(outputs, (list, tuple)):
             read = {user.args[1] for user in node.users if user.target is operator.getitem}
