@@ -120,4 +120,6 @@ def origin_of(node: fx.Node) -> str:
     if not stack:
         return ""
     path = str(next(reversed(stack.values()))[0])
+    if path.startswith("_empty_nn_module_stack"):  # torch.export's word for "no module"
+        return ""
     return path.removeprefix("L['self'].").removeprefix("L__self__").removeprefix(".")

@@ -14,6 +14,8 @@ from ..ir.rewrite import is_op
 
 aten = torch.ops.aten
 
+_REPEATS = (aten.reshape, aten.view, aten.expand, aten.unsqueeze, aten.clone, aten._unsafe_view, aten.repeat_interleave)
+_VIEWS = (aten.t, aten.transpose, aten.permute, aten.view, aten.reshape, aten._to_copy, aten.to)
 _SHORT = {
     torch.float32: "f32",
     torch.float64: "f64",
@@ -58,7 +60,7 @@ def weight_shape(node: Any) -> tuple[int, ...] | None:
         if node.op == "get_attr":
             value = node.meta.get("val")
             return tuple(int(s) for s in value.shape) if isinstance(value, torch.Tensor) else None
-        if not node.all_input_nodes or len(node.all_input_nodes) > 1:
+        if not is_op(node, *_VIEWS):
             return None
         node, seen = node.all_input_nodes[0], seen + 1
     return None
@@ -87,8 +89,31 @@ def describe(node: fx.Node) -> str | None:
         key = node.args[1].meta["val"]  # type: ignore[union-attr]
         if query.dim() != 4:
             return "attention"
-        shared = f", {key.shape[1]} key-value" if str(key.shape[1]) != str(query.shape[1]) else ""
+        groups = _stored_heads(node.args[1], key.shape[1])
+        shared = f" ({groups} key-value)" if str(groups) != str(query.shape[1]) else ""
         return f"{query.shape[1]} heads of {query.shape[3]}{shared}"
+    return _with_matrix(node)
+
+
+def _stored_heads(key: Any, heads: Any) -> Any:
+    """How many heads a key has before it is repeated for grouped queries."""
+    for _ in range(6):
+        value = key.meta.get("val") if isinstance(key, fx.Node) else None
+        if not isinstance(value, torch.Tensor) or not is_op(key, *_REPEATS):
+            break
+        key = key.args[0]
+        before = key.meta["val"]
+        if before.dim() == 4 and isinstance(before.shape[1], int):
+            heads = min(heads, before.shape[1])
+    return heads
+
+
+def _with_matrix(node: fx.Node) -> str | None:
+    """Any other operator that reads a matrix of weights: its name, and the matrix's shape."""
+    for operand in node.all_input_nodes:
+        shape = weight_shape(operand)
+        if shape is not None and len(shape) > 1 and min(shape) > 1:
+            return f"{op_text(node)} {'x'.join(str(s) for s in shape)}"
     return None
 
 

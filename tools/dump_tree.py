@@ -16,7 +16,7 @@ from torch import fx
 from ..ir.cost import cost
 from ..ir.program import Program
 from .console import count, short, size
-from .describe import describe_all, type_text
+from .describe import describe_all, op_text, type_text
 from .sites import Part, collapse, common_origin, find_parts, join_origins
 from .sizes import sizes_text, with_defaults
 
@@ -41,31 +41,20 @@ class _Amounts:
 
 
 class _Ledger:
-    """Nodes, parameters and MACs of a set of operators; a weight counts where it is read first."""
+    """Operators, parameters and MACs of any set of operators; a weight counts where it is read first."""
 
     def __init__(self, program: Program, sizes: dict[str, int]) -> None:
-        self.macs = {item.node: int(item.macs) for item in cost(program).at(**sizes).nodes}
-        self.params: dict[fx.Node, int] = {}
-        self.shared: dict[fx.Node, list[str]] = {}
-        owner: set[str] = set()
-        for node in program.graph.nodes:
-            for operand in node.all_input_nodes:
-                name = str(operand.target)
-                if operand.op != "get_attr" or name not in program.weights:
-                    continue
-                if name in owner:
-                    self.shared.setdefault(node, []).append(name)
-                else:
-                    owner.add(name)
-                    self.params[node] = self.params.get(node, 0) + program.weights[name].numel
+        self.cost = cost(program).at(**sizes)
+        self.by_name = {item.node: item for item in self.cost.nodes}
 
     def of(self, nodes: Iterable[fx.Node]) -> _Amounts:
         """The sums over operators."""
         total = _Amounts()
         for node in nodes:
             total.nodes += 1
-            total.params += self.params.get(node, 0)
-            total.macs += self.macs.get(node.name, 0)
+            if node.name in self.by_name:
+                total.params += self.by_name[node.name].params
+                total.macs += self.by_name[node.name].macs
         return total
 
 
@@ -92,10 +81,11 @@ def tree(program: Program, title: str, sizes: dict[str, int]) -> RenderableType:
     _add_rows(table, parts, "", ledger, max(program.parameter_count, 1), 1)
     total = [Text("whole", style="bold"), f"{whole.nodes:,}", short(whole.params), "", short(whole.macs), "", ""]
     table.add_row(*total)
-    return Group(_header(program, title, sizes), Text(""), table, *_footnotes(program, parts, ledger))
+    peak = ledger.cost.peak_activation_bytes
+    return Group(_header(program, title, sizes, peak), Text(""), table, *_footnotes(program, parts, ledger))
 
 
-def _header(program: Program, title: str, sizes: dict[str, int]) -> Text:
+def _header(program: Program, title: str, sizes: dict[str, int], peak: int) -> Text:
     dims = program.main.dims
     entry = program.main
     inputs = ", ".join(
@@ -105,8 +95,9 @@ def _header(program: Program, title: str, sizes: dict[str, int]) -> Text:
     outputs = ", ".join(f"{n} {type_text(v.meta.get('val') if isinstance(v, fx.Node) else v, dims)}" for n, v in values)
     text = Text(title, style="bold")
     text.append(f"\n{inputs} -> {outputs}", style="not bold")
-    at = f"; MACs at {sizes_text(sizes)}" if sizes else ""
-    text.append(f"\n{count(program.parameter_count)} parameters in {size(program.weight_nbytes)}{at}", style="not bold")
+    weights = f"{count(program.parameter_count)} parameters in {size(program.weight_nbytes)}"
+    at = f", all at {sizes_text(sizes)}" if sizes else ""
+    text.append(f"\n{weights}; {size(peak)} of activations at the peak{at}", style="not bold")
     if program.history:
         text.append(f"\nafter {', '.join(program.history)}", style="not bold")
     return text
@@ -137,12 +128,13 @@ def _add_rows(table: Table, parts: Sequence[Part], indent: str, ledger: _Ledger,
 def _children(part: Part) -> list[Part]:
     """A part's children, each with its counterparts in the part's copies, and its leftovers as one more."""
     children: list[Part] = []
+    left = "sum" if {op_text(node) for node in part.own} == {"add"} else "between"
     for number, child in enumerate(part.children):
         twins = [copy.children[number] for copy in part.copies if number < len(copy.children)]
         children.append(_Twins.of(child, twins))
     if part.own and part.children:
-        rest = Part("between", "rest", own=part.own)
-        children.append(_Twins.of(rest, [Part("between", "rest", own=copy.own) for copy in part.copies]))
+        rest = Part(left, "rest", own=part.own)
+        children.append(_Twins.of(rest, [Part(left, "rest", own=copy.own) for copy in part.copies]))
     return children
 
 
@@ -191,12 +183,15 @@ def _bar(share: float) -> str:
 
 def _footnotes(program: Program, parts: Sequence[Part], ledger: _Ledger) -> list[Text]:
     lines: list[str] = []
-    shared = sorted({name for names in ledger.shared.values() for name in names})
+    readers = {n: sum(u.op == "call_function" for u in n.users) for n in program.graph.find_nodes(op="get_attr")}
+    shared = [str(n.target) for n, times in readers.items() if times > 1 and n.meta["val"].dim() > 1]
     if shared:
         shown = ", ".join(shared[:3]) + (f" and {len(shared) - 3} more" if len(shared) > 3 else "")
         lines.append(f"read more than once, counted where read first: {shown}")
+    if ledger.cost.unknown:
+        lines.append("MACs unknown, counted as 0: " + ", ".join(f"{n} x {op}" for op, n in ledger.cost.unknown.items()))
     if program.subgraphs:
-        lines.append(f"nested graphs (control flow), not shown: {', '.join(program.subgraphs)}")
+        lines.append(f"nested graphs (control flow), counted where they are run: {', '.join(program.subgraphs)}")
     if all(part.kind in ("module", "rest") for part in parts):
         lines.append("no residual stream found: shown by module")
     return [Text(line, style="dim") for line in lines]

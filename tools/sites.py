@@ -16,7 +16,7 @@ from torch import fx
 from ..ir.program import ORIGIN, Program
 
 if TYPE_CHECKING:
-    from ..ir.structure import Stream
+    from ..ir.structure import BlockSite, Stream
 
 
 @dataclass
@@ -72,62 +72,64 @@ def find_parts(program: Program) -> list[Part]:
 
 
 def _stream_parts(program: Program, streams: Sequence[Stream]) -> list[Part]:
-    graph = program.graph
-    place, parts = _skeleton(streams)
+    """The streams' own operators go to their branch or block; the others by the last stream value they depend on."""
+    place, parts, regions = _skeleton(streams)
+    points = {point: (k, i) for k, stream in enumerate(streams) for i, point in enumerate(stream.points)}
+    leads_to = _ancestors([stream.points[0] for stream in streams])
+    beside = Part("beside the stream" if len(streams) == 1 else "beside the streams", "rest")
+    nowhere = (-1, -1)
     reach: dict[fx.Node, tuple[int, int]] = {}
-    points = {p: (k, i) for k, stream in enumerate(streams) for i, p in enumerate(stream.points)}
-    first_needs = _leads_to([stream.points[0] for stream in streams])
-    beside = Part("beside the stream", "rest")
-    for node in graph.nodes:
-        reach[node] = max((reach[a] for a in node.all_input_nodes), default=(-1, -1))
+    for node in program.graph.nodes:
+        before = max((reach[a] for a in node.all_input_nodes), default=nowhere)
+        reach[node] = points.get(node, before)
         if not is_operator(node):
             continue
-        before = reach[node]
-        if node in points:
-            reach[node] = points[node]
         if node in place:
-            place[node].own.append(node)
-        elif node in first_needs:
-            parts[first_needs[node]].children[0].own.append(node)
-        elif before == (-1, -1):
-            beside.own.append(node)
+            part = place[node]
+        elif (node in points and points[node][1] == 0) or (before == nowhere and node in leads_to):
+            part = parts[points.get(node, (leads_to.get(node, 0), 0))[0]].children[0]
         else:
-            _between(parts[before[0]], streams[before[0]], before[1]).own.append(node)
+            part = beside if before == nowhere else regions[before]
+        part.own.append(node)
     shown = parts[0].children if len(streams) == 1 else parts
     return _without_empty([*shown, beside])
 
 
-def _skeleton(streams: Sequence[Stream]) -> tuple[dict[fx.Node, Part], list[Part]]:
-    """The parts without their leftovers, and the branch that each branch operator belongs to."""
+def _skeleton(
+    streams: Sequence[Stream],
+) -> tuple[dict[fx.Node, Part], list[Part], dict[tuple[int, int], Part]]:
+    """The parts without their leftovers, the part of each operator of a site, and that after each stream point."""
     place: dict[fx.Node, Part] = {}
     parts: list[Part] = []
+    regions: dict[tuple[int, int], Part] = {}
     for number, stream in enumerate(streams):
-        part = Part(
-            f"stream {number}" if len(streams) > 1 else "stream", "stream", children=[Part("before the stream", "rest")]
-        )
-        for block in stream.blocks:
-            site = Part("block", "block", signature=f"{block.shape_class}")
-            for branch in block.branches:
-                leaf = Part(branch.kind, branch.kind)
-                site.children.append(leaf)
-                place.update((node, leaf) for node in branch.nodes if is_operator(node))
-            part.children.append(site)
-        part.children.append(Part("after the stream", "rest"))
-        parts.append(part)
-    return place, parts
+        first, last = Part("before the stream", "rest"), Part("after the stream", "rest")
+        place.update((node, first) for branch in stream.stem for node in branch.nodes)
+        sites = [_block(block, place) for block in stream.blocks]
+        label = "stream" if len(streams) == 1 else f"stream {number}"
+        parts.append(Part(label, "stream", children=[first, *sites, last]))
+        position = {point: i for i, point in enumerate(stream.points)}
+        begin = position[stream.blocks[0].start] if stream.blocks else 0
+        regions.update({(number, i): first if i < begin else last for i in range(len(stream.points))})
+        for block, site in zip(stream.blocks, sites, strict=True):
+            regions.update({(number, i): site for i in range(position[block.start], position[block.end])})
+    return place, parts, regions
 
 
-def _between(part: Part, stream: Stream, point: int) -> Part:
-    """The block that lies after stream point ``point``, or what comes after the stream."""
-    position = {p: i for i, p in enumerate(stream.points)}
-    for block, site in zip(stream.blocks, part.children[1:-1], strict=True):
-        if position.get(block.start, 0) <= point < position.get(block.end, 0):
-            return site
-    return part.children[0] if point < position.get(stream.blocks[0].start, 0) else part.children[-1]
+def _block(block: BlockSite, place: dict[fx.Node, Part]) -> Part:
+    site = Part("block", "block", signature=block.shape_class)
+    for branch in block.branches:
+        leaf = Part(f"cross-{branch.kind}" if branch.cross else branch.kind, branch.kind)
+        site.children.append(leaf)
+        for node in branch.nodes:
+            place.setdefault(node, leaf)
+    for node in block.nodes:
+        place.setdefault(node, site)
+    return site
 
 
-def _leads_to(targets: Sequence[fx.Node]) -> dict[fx.Node, int]:
-    """Every operator that a target is computed from (itself included), with the first such target's number."""
+def _ancestors(targets: Sequence[fx.Node]) -> dict[fx.Node, int]:
+    """Everything that a target is computed from, with the number of the first such target."""
     found: dict[fx.Node, int] = {}
     for number, target in enumerate(targets):
         stack = [target]
@@ -135,13 +137,8 @@ def _leads_to(targets: Sequence[fx.Node]) -> dict[fx.Node, int]:
             node = stack.pop()
             if node not in found:
                 found[node] = number
-                # A later stream that starts from an earlier one's end does not own what came before that.
-                stack.extend(a for a in node.all_input_nodes if number == 0 or not _is_late(a, targets[:number]))
+                stack.extend(node.all_input_nodes)
     return found
-
-
-def _is_late(node: fx.Node, earlier: Sequence[fx.Node]) -> bool:
-    return node in earlier
 
 
 def _without_empty(parts: Iterable[Part]) -> list[Part]:
