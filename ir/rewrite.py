@@ -167,6 +167,21 @@ class Rewriter:
         node.meta["val"] = infer(self.program, node)
         self._mutated("change", node)
 
+    def add_output(self, name: str, node: fx.Node) -> None:
+        """Return one more value; a call of the program then gives named outputs.
+
+        Raises:
+            VerifyError: the name is taken.
+        """
+        entry = self.entry
+        if name in entry.outputs:
+            raise VerifyError(f"there is an output '{name}' already", pass_name=self.made_by, node=node.name)
+        output = entry.output_node
+        output.args = ((*entry.output_values, node),)
+        entry.outputs = (*entry.outputs, name)
+        entry.bare_output = False
+        self._mutated("change", output)
+
     def erase(self, node: fx.Node) -> None:
         """Erase a node that nothing uses.
 

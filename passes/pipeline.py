@@ -301,4 +301,5 @@ def _scalar(kind: Any, texts: Sequence[str]) -> Any:
     try:
         return kind(text)
     except ValueError as error:
-        raise PipelineError(f"'{text}' is no {kind.__name__}", expected=kind.__name__) from error
+        what = {int: "a whole number", float: "a number"}.get(kind, kind.__name__)
+        raise PipelineError(f"'{text}' is not {what}", expected=what) from error

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+
 from graphlathe.ir.program import Program
 from graphlathe.ir.text import parse_program
 from graphlathe.ir.verify import TOLERANCE, output_error, verify

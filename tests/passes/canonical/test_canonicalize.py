@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import nn
+
 from graphlathe.ir.from_torch import trace
 from graphlathe.ir.verify import verify
 from graphlathe.passes.base import Context
 from graphlathe.passes.canonical.canonicalize import Canonicalize
-from torch import nn
-
 from tests.passes.rewriting import assert_same_outputs, operators, rewritten
 from tests.zoo_programs import SAMPLE, over_zoo, traced
 

@@ -6,14 +6,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import nn
+
 from graphlathe.ir.from_torch import trace
 from graphlathe.ir.program import Program
 from graphlathe.ir.weights import Weight
 from graphlathe.passes.base import Context
 from graphlathe.passes.canonical.cse import CommonSubexpressions, weight_key
 from graphlathe.tools import zoo
-from torch import nn
-
 from tests.passes.rewriting import operators, rewritten
 
 HEAD = """\

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import nn
+
 from graphlathe.ir.from_torch import trace
 from graphlathe.passes.base import Context
 from graphlathe.passes.canonical.dce import DeadCode
-from torch import nn
-
 from tests.passes.rewriting import operators, rewritten
 
 CHAIN = """\

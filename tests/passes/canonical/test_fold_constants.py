@@ -6,18 +6,19 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import nn
+
 from graphlathe.ir.from_torch import trace
 from graphlathe.ir.program import Program
 from graphlathe.ir.weights import TensorSource
 from graphlathe.passes.base import Context, Stats
 from graphlathe.passes.canonical.fold_constants import FoldConstants
-from torch import nn
-
 from tests.passes.rewriting import operators, rewritten
 
 
 def program(weights: str, lines: str, result: str) -> str:
-    return f"program @main(%x: f32[B, 4]) -> (%out) {{\n  dim B = 2 in [1, inf]\n{weights}{lines}  return ({result},)\n}}\n"
+    head = "program @main(%x: f32[B, 4]) -> (%out) {\n  dim B = 2 in [1, inf]\n"
+    return f"{head}{weights}{lines}  return ({result},)\n}}\n"
 
 
 def fold(model: nn.Module, *inputs: torch.Tensor, max_bytes: int = 1 << 20) -> tuple[Program, Program, Stats]:

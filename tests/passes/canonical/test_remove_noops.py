@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import nn
+
 from graphlathe.ir.from_torch import trace
 from graphlathe.passes.base import Context
 from graphlathe.passes.canonical.remove_noops import RemoveNoops
-from torch import nn
-
 from tests.passes.rewriting import operators, rewritten
 
 END = 9223372036854775807

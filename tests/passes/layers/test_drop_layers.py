@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+
 from graphlathe.ir.errors import PipelineError, PreconditionError
 from graphlathe.ir.program import Program
 from graphlathe.ir.verify import relative_error, verify
@@ -17,8 +19,6 @@ from graphlathe.passes.layers.drop_layers import DropLayers
 from graphlathe.passes.search.scores import block_influence, removal_loss
 from graphlathe.passes.search.units import find_units, remaining_weights, replacements
 from graphlathe.tools import zoo
-from torch import nn
-
 from tests.zoo_programs import SAMPLE, flat_outputs, module, over_zoo, traced
 
 # Where the layers are in the eager models, for the reference only: the pass itself knows no names.
