@@ -192,14 +192,14 @@ def _identity_unit(flow: Flow, tree: _Tree) -> Unit | None:
 
 
 def _add_branches(flow: Flow, unit: Unit, leaves: Sequence[tuple[fx.Node, fx.Node]]) -> None:
+    """Give the unit its branches, in the order of the addition's operands (one that reads another comes after it)."""
+    found = [(leaf, flow.between(unit.start, leaf[1])) for leaf in leaves if flow.depends(leaf[1], unit.start)]
+    outputs = {operand for (_, operand), _ in found}
     taken: set[fx.Node] = set()
-    for add, operand in sorted(leaves, key=lambda leaf: flow.position[leaf[1]]):
-        if not flow.depends(operand, unit.start):
-            continue
-        nodes = [node for node in flow.between(unit.start, operand) if node not in taken]
+    for leaf, nodes in sorted(found, key=lambda branch: len(outputs.intersection(branch[1]))):
+        unit.leaves.append(leaf)
+        unit.nodes.append([node for node in nodes if node not in taken])
         taken.update(nodes)
-        unit.leaves.append((add, operand))
-        unit.nodes.append(nodes)
 
 
 def _projection_unit(flow: Flow, tree: _Tree) -> Unit | Candidate | None:
