@@ -14,7 +14,17 @@ from ..ir.rewrite import is_op
 
 aten = torch.ops.aten
 
-_REPEATS = (aten.reshape, aten.view, aten.expand, aten.unsqueeze, aten.clone, aten._unsafe_view, aten.repeat_interleave)
+_REPEATS = (
+    aten.reshape,
+    aten.view,
+    aten.expand,
+    aten.unsqueeze,
+    aten.slice,
+    aten.clone,
+    aten.contiguous,
+    aten._unsafe_view,
+    aten.repeat_interleave,
+)
 _VIEWS = (aten.t, aten.transpose, aten.permute, aten.view, aten.reshape, aten._to_copy, aten.to)
 _SHORT = {
     torch.float32: "f32",
@@ -97,7 +107,7 @@ def describe(node: fx.Node) -> str | None:
 
 def _stored_heads(key: Any, heads: Any) -> Any:
     """How many heads a key has before it is repeated for grouped queries."""
-    for _ in range(6):
+    for _ in range(10):
         value = key.meta.get("val") if isinstance(key, fx.Node) else None
         if not isinstance(value, torch.Tensor) or not is_op(key, *_REPEATS):
             break
