@@ -7,6 +7,8 @@ line and exit code 1. ``--debug``, anywhere on the line, shows the traceback.
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import sys
 import warnings
@@ -308,7 +310,14 @@ def demo(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code: 0, 1 (a bug, or a missed goal), 2 (bad input), 130 (interrupted)."""
-    sys.exit(execute(list(sys.argv[1:] if arguments is None else arguments)))
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if "--debug" not in given:
+        # What other libraries have to say is no part of our message.
+        logging.disable(logging.WARNING)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 gets question marks, not an error
+    sys.exit(execute(given))
 
 
 def execute(arguments: list[str]) -> int:

@@ -161,11 +161,8 @@ class TestDot:
 
 class TestSizes:
     def test_names_and_lists(self) -> None:
-        assert (
-            parse_sizes(["B=2,S=7"], traced("llama"))
-            == {"B": 2, "S": 7}
-            == parse_sizes(["B=2", "S=7"], traced("llama"))
-        )
+        program = traced("llama")
+        assert parse_sizes(["B=2,S=7"], program) == {"B": 2, "S": 7} == parse_sizes(["B=2", "S=7"], program)
 
     @pytest.mark.parametrize(
         ("text", "message"),
