@@ -98,12 +98,15 @@ class _Importer:
                 self.initial[str(spec.target)] = str(spec.target)
                 self.weights[str(spec.target)] = Weight.from_tensor(self._constant(str(spec.target)))
         by_storage: dict[tuple[int, int, tuple[int, ...], tuple[int, ...]], str] = {}
-        for spec in signature.input_specs:
-            if (
-                spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
-                and spec.target not in mutated
-            ):
-                self._weight(placeholders[spec.arg.name], str(spec.target), by_storage)
+        stored = [
+            (placeholders[spec.arg.name], str(spec.target))
+            for spec in signature.input_specs
+            if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+            and spec.target not in mutated
+        ]
+        # Export reads a tied parameter under one of its names; the others, which nothing reads, come last.
+        for old, target in sorted(stored, key=lambda pair: not pair[0].users):
+            self._weight(old, target, by_storage)
         copy_operators(self.exported.graph_module, self.graph, self.env, self.subgraphs)
         outputs = self._outputs(mutated)
         entry = Entry(
@@ -148,11 +151,15 @@ class _Importer:
         self.env[old] = node
 
     def _weight(self, old: fx.Node, name: str, by_storage: dict[Any, str]) -> None:
-        if not old.users:
-            return
         tensor = self._constant(name)
         key = _storage_key(tensor)
-        known = by_storage.setdefault(key, name) if key is not None else name
+        known = by_storage.get(key, name)
+        if not old.users:
+            if known != name:
+                self.tied[name] = known
+            return
+        if key is not None:
+            by_storage[key] = known
         if known != name:
             self.tied[name] = known
             self.env[old] = next(n for n in self.graph.find_nodes(op="get_attr") if n.target == known)
@@ -233,9 +240,10 @@ def _identifier(name: str) -> str:
 def _storage_key(tensor: torch.Tensor) -> Any:
     if tensor.device.type == "meta" or tensor.numel() == 0:
         return None
-    if isinstance(tensor, FakeTensor):  # no data; identity tells tied ones apart
-        return id(tensor)
-    pointer = tensor.untyped_storage().data_ptr()
+    if isinstance(tensor, FakeTensor):  # no data, but a storage object of its own
+        pointer = tensor.untyped_storage()._cdata
+    else:
+        pointer = tensor.untyped_storage().data_ptr()
     return (
         (pointer, tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
         if pointer

@@ -21,6 +21,7 @@ from ..from_torch import trace
 from ..program import ORIGIN, Program
 from .model_file import DTYPES, OnnxModel, read_model
 from .registry import supported
+from .signature import fitting, read_recorded, restore
 from .walk import Walk, check_supported, graph_inputs
 
 _EXAMPLES: tuple[tuple[int, int], ...] = ((3, 224), (4, 64), (3, 7))
@@ -58,14 +59,16 @@ def from_onnx(path: str | os.PathLike[str], *, sizes: Mapping[str, int] | None =
             )
     if static and any(name not in (sizes or {}) for name in names):
         raise ImportModelError("static=True needs the size of every dynamic dimension", expected=", ".join(names))
-    program, walk = _trace(model, ports, dict(sizes or {}), static)
+    recorded = read_recorded({entry.key: entry.value for entry in model.proto.metadata_props})
+    tries = fitting(recorded, _examples(ports, sizes or {}), sizes or {})
+    program, walk = _trace(model, ports, tries, static)
     _rename(program, walk, ports, [output.name for output in model.graph.output])
     program.metadata |= {
         "producer": model.proto.producer_name or "onnx",
         "source": model.source,
         "opset": str(model.opset),
     }
-    program.metadata |= {entry.key: entry.value for entry in model.proto.metadata_props}
+    restore(program, recorded)
     return program
 
 
@@ -123,9 +126,9 @@ def _examples(ports: list[_Port], given: Mapping[str, int]) -> list[dict[str, in
     return [sizes for i, sizes in enumerate(tries) if sizes not in tries[:i]]
 
 
-def _trace(model: OnnxModel, ports: list[_Port], given: dict[str, int], static: bool) -> tuple[Program, Walk]:
+def _trace(model: OnnxModel, ports: list[_Port], tries: list[dict[str, int]], static: bool) -> tuple[Program, Walk]:
     first: ImportModelError | None = None
-    for sizes in _examples(ports, given):
+    for sizes in tries:
         walk = Walk(model)
         dynamic = {f"inputs.{i}": port.dims for i, port in enumerate(ports) if port.dims}
         try:

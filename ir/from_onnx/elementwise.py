@@ -221,10 +221,10 @@ def identity(x: Tensor) -> Tensor:
 
 @operator("Dropout")
 def dropout(
-    x: Tensor, ratio: Tensor | None = None, training: Tensor | None = None, *, seed: int = 0, n_outputs: int
+    x: Tensor, ratio: Tensor | None = None, training: Tensor | None = None, *, seed: int = 0, n_used: int
 ) -> Any:
     """In inference, which is what is imported, dropout keeps everything."""
-    return x if n_outputs == 1 else (x, torch.ones_like(x, dtype=torch.bool))
+    return x if n_used == 1 else (x, torch.ones_like(x, dtype=torch.bool))
 
 
 @operator("Gelu")

@@ -242,6 +242,11 @@ def cast(a: Host, *, to: torch.dtype, saturate: int = 1) -> Any:
     return Host(tuple(items), to, a.is_scalar) if fits else NotImplemented
 
 
+@host_operator("CastLike")
+def cast_like(a: Host, like: Host, *, saturate: int = 1) -> Any:
+    return cast(a, to=like.dtype)
+
+
 @host_operator("Expand")
 def expand(a: Host, target: Host) -> Any:
     if len(target.items) != 1 or not target.is_concrete or len(a.items) not in (1, target.item):

@@ -151,9 +151,9 @@ def max_pool(
     pads: Sequence[int] | None = None,
     storage_order: int = 0,
     strides: Sequence[int] | None = None,
-    n_outputs: int,
+    n_used: int,
 ) -> Tensor:
-    if n_outputs > 1:
+    if n_used > 1:
         raise ImportModelError("MaxPool with its output of indices is not supported", expected="one output")
     spatial = x.dim() - 2
     strides, dilations = list(strides or [1] * spatial), list(dilations or [1] * spatial)
@@ -241,7 +241,7 @@ def layer_norm(
     axis: int = -1,
     epsilon: float = 1e-5,
     stash_type: int = 1,
-    n_outputs: int,
+    n_used: int,
 ) -> Any:
     """Torch computes statistics in float32 whatever the type is, which is what ``stash_type`` 1 asks for."""
     dims = list(range(axis % x.dim(), x.dim()))
@@ -251,11 +251,11 @@ def layer_norm(
     else:
         result = F.layer_norm(x, shape, None, None, epsilon) * scale
         result = result if bias is None else result + bias
-    if n_outputs == 1:
+    if n_used == 1:
         return result
     wide = x.float()
     mean = wide.mean(dims, keepdim=True)
-    return (result, mean, torch.rsqrt((wide - mean).square().mean(dims, keepdim=True) + epsilon))[:n_outputs]
+    return (result, mean, torch.rsqrt((wide - mean).square().mean(dims, keepdim=True) + epsilon))[:n_used]
 
 
 @operator("RMSNormalization", since=23)
@@ -278,10 +278,10 @@ def attention(
     q_num_heads: int = 0,
     scale: float | None = None,
     softcap: float = 0.0,
-    n_outputs: int,
+    n_used: int,
 ) -> Tensor:
     """Scaled dot-product attention; three-dimensional inputs are split into heads. Caches are not read yet."""
-    if softcap or n_outputs > 1:
+    if softcap or n_used > 1:
         raise ImportModelError(
             "Attention with soft-capping or a cache is not supported", expected="one output, softcap 0"
         )

@@ -23,8 +23,9 @@ Function = Callable[..., Any]
 FIRST_OPSET = 13
 """The oldest opset that is read: from here on, axes of `Squeeze` and the like are inputs."""
 
-INJECTED = ("n_outputs", "opset")
-"""Keyword-only parameters that are no attributes: how many outputs the node has, and the opset version."""
+INJECTED = ("n_outputs", "n_used", "opset")
+"""Keyword-only parameters that are no attributes: how many outputs the node has, how many up to the last one that
+something reads, and the opset version."""
 
 
 @dataclass(frozen=True)

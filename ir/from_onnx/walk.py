@@ -38,6 +38,13 @@ def all_nodes(graph: Any) -> Iterator[Any]:
                 yield from all_nodes(attribute.g)
 
 
+def names_read(graph: Any) -> set[str]:
+    """Names of the values that some node, or a graph's caller, reads."""
+    nested = (a.g for node in all_nodes(graph) for a in node.attribute if a.HasField("g"))
+    outputs = {output.name for each in (graph, *nested) for output in each.output}
+    return outputs | {name for node in all_nodes(graph) for name in node.input}
+
+
 def check_supported(model: OnnxModel) -> None:
     """Find out before the trace whether an operator is missing.
 
@@ -79,6 +86,7 @@ class Walk(nn.Module):
         self.names: dict[str, str] = {}
         self.stored: dict[str, Weight] = {}
         self.on_host: dict[str, Host] = {}
+        self.read = names_read(model.graph)
         for name, weight in model.weights.items():
             self._store(name, weight)
         for node in all_nodes(model.graph):
@@ -171,7 +179,12 @@ class Walk(nn.Module):
                 node=node_name(node),
                 expected=f"attributes: {', '.join(sorted(entry.attributes)) or 'none'}",
             )
-        injected: dict[str, Any] = {"n_outputs": len(node.output), "opset": self.model.opset}
+        used = [i for i, name in enumerate(node.output, 1) if name in self.read]
+        injected: dict[str, Any] = {
+            "n_outputs": len(node.output),
+            "n_used": max(used, default=1),
+            "opset": self.model.opset,
+        }
         keywords = attributes | {name: injected[name] for name in entry.injected}
         shortcut = find_host(domain, node.op_type)
         kinds = {type(v) for v in values if v is not None}
