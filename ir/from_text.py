@@ -238,7 +238,7 @@ class _Scope:
             _stamp(node, line.origin)
             node.meta["val"] = self._checked(node, line)
             _define(values, line.result, node, line.place)
-        if section.end is None or section.returns is None:
+        if section.end is None:
             section.place.fail(f"'{section.name}' returns nothing", expected="return (...)")
         graph.output(self._resolved(section.returns, graph, values))
         return graph

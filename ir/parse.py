@@ -345,7 +345,6 @@ def parse_document(text: str) -> Document:
             section = _top(line, document)
         elif line.accept("}"):
             line.end()
-            section.end = Place(number, raw, 0)
             document.sections.append(section)
             section = None
         else:

@@ -147,7 +147,8 @@ class MetaSource:
 class RandomSource:
     """Random numbers that depend on a name alone: what stands for a weight when only its description is known.
 
-    Floating-point numbers are normal with variance 1 / (number of columns); integers and booleans are 0 or 1.
+    Matrices are normal with variance 1 / (number of columns), vectors are near 1 (they scale, or are variances),
+    integers and booleans are 0 or 1.
     """
 
     name: str
@@ -159,7 +160,8 @@ class RandomSource:
         generator = torch.Generator().manual_seed(seed)
         if not (self.dtype.is_floating_point or self.dtype.is_complex):
             return torch.randint(0, 2, self.shape, generator=generator).to(self.dtype)
-        values = torch.randn(self.shape, generator=generator) / max(1, self.shape[-1] if self.shape else 1) ** 0.5
+        values = torch.randn(self.shape, generator=generator)
+        values = 1 + 0.1 * values if len(self.shape) < 2 else values / max(1, self.shape[-1]) ** 0.5
         return values.to(self.dtype)
 
 
