@@ -18,6 +18,7 @@ from torch import fx
 
 from ..ir.errors import ExportError, GraphlatheError
 from ..ir.program import Program
+from ..ir.text import print_program
 from .base import Pass
 from .report import Row
 
@@ -117,12 +118,12 @@ class Diff(Instrument):
     def before_pass(self, event: Event) -> bool:
         """Remember the text."""
         if self._last is None:
-            self._last = event.program.to_text()
+            self._last = print_program(event.program, history=False)
         return True
 
     def after_pass(self, event: Event) -> bool:
         """Print the difference."""
-        before, self._last = self._last or "", event.program.to_text()
+        before, self._last = self._last or "", print_program(event.program, history=False)
         lines = difflib.unified_diff(
             before.splitlines(keepends=True),
             self._last.splitlines(keepends=True),

@@ -214,7 +214,7 @@ class _Run:
 
     def _verify(self, pass_: Pass, row: Row) -> None:
         level = self.manager.verify
-        if level and row.mutations:
+        if level:
             from ..ir.verify import verify
 
             # Level 3 is level 2 and a differential run, which the contract does with the right reference.
@@ -263,13 +263,25 @@ def _example_sizes(program: Program, feeds: Batch | None) -> dict[str, int]:
 
 
 def _uncounted(before: Program, program: Program) -> int:
-    """Changes that went around the rewriter: weights and signatures set directly."""
+    """Changes that went around the rewriter: nodes, weights and signatures set directly."""
     weights = sum(before.weights.get(name) is not weight for name, weight in program.weights.items())
     ports = sum(
         (before.entries[n].inputs, before.entries[n].outputs) != (e.inputs, e.outputs) if n in before.entries else True
         for n, e in program.entries.items()
     )
-    return weights + ports + len(before.weights.keys() - program.weights.keys())
+    nodes = sum(_differing(before.graphs.get(name), graph) for name, graph in program.graphs.items())
+    return nodes + weights + ports + len(before.weights.keys() - program.weights.keys())
+
+
+def _differing(before: fx.Graph | None, graph: fx.Graph) -> int:
+    """How many nodes are not what they were in the copy of the graph (names survive copying)."""
+    old = [_shape_of(n) for n in before.nodes] if before is not None else []
+    new = [_shape_of(n) for n in graph.nodes]
+    return sum(a != b for a, b in zip(old, new, strict=False)) + abs(len(old) - len(new))
+
+
+def _shape_of(node: fx.Node) -> tuple[Any, ...]:
+    return node.op, node.target, str(node.args), str(node.kwargs)
 
 
 def _drop_unread(program: Program) -> None:

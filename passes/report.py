@@ -163,8 +163,9 @@ class Report:
 
     def __rich__(self) -> Any:
         from rich.console import Group
+        from rich.text import Text
 
-        return Group(self.table(), *self._lines())
+        return Group(self.table(), *(Text(line) for line in self._lines()))
 
     def __str__(self) -> str:
         from rich import box

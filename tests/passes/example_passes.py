@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+
 from graphlathe.ir.errors import PostconditionError
 from graphlathe.ir.program import Program
 from graphlathe.ir.rewrite import Rewriter, is_op

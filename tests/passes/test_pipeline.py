@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any, get_args, get_origin
 
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
 from graphlathe.ir.errors import PipelineError
 from graphlathe.passes import registry
 from graphlathe.passes.base import Effect, Pass, kinds_of, option, option_type, options_of
@@ -13,9 +16,6 @@ from graphlathe.passes.canonical.dce import DeadCode
 from graphlathe.passes.canonical.fold_constants import FoldConstants
 from graphlathe.passes.layers.drop_layers import DropLayers
 from graphlathe.passes.pipeline import Pipeline, Repeat, parse_pipeline
-from hypothesis import assume, given
-from hypothesis import strategies as st
-
 from tests.passes.example_passes import EVERY_KIND, EveryKind
 
 
@@ -65,7 +65,11 @@ WRONG: dict[str, tuple[str, str, str]] = {
     "wrong item": ("drop-layers{indices=1,b}", "1,b", "not a whole number"),
     "wrong choice": ("drop-layers{ratio=0.5 score=lss}", "lss", "did you mean 'loss'?"),
     "given twice": ("drop-layers{ratio=0.1 ratio=0.2}", "ratio", "given twice"),
-    "options that exclude each other": ("cse,drop-layers{ratio=0.1 indices=1}", "drop-layers{ratio=0.1 indices=1}", "one"),
+    "options that exclude each other": (
+        "cse,drop-layers{ratio=0.1 indices=1}",
+        "drop-layers{ratio=0.1 indices=1}",
+        "one",
+    ),
     "open options": ("drop-layers{ratio=0.1", " ", "the end"),
     "open group": ("repeat(cse", " ", "not closed"),
     "repeat without group": ("repeat,cse", ",", "needs a group"),
