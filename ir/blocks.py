@@ -23,6 +23,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from torch import fx
+
 from .branches import Verdict
 from .flow import Flow, op_name
 from .residual import Unit
@@ -112,23 +114,33 @@ def _shift(blocks: list[list[Labelled]]) -> list[list[Labelled]]:
     return [*shifted, [*lead, *rest[-1]]]
 
 
-def close_last(flow: Flow, units: Sequence[Unit], blocks: Sequence[Sequence[Labelled]]) -> None:
-    """Give the last unit the tail (post-norm, activation) that its counterparts in earlier blocks have.
+def settle_tails(flow: Flow, blocks: Sequence[Sequence[Labelled]]) -> None:
+    """Decide what follows a block's last addition and still belongs to the block.
 
-    Without it a post-norm stack's last block would end before its norm.
+    A post-norm or an activation does: it follows every block, the last one included (whose tail is found here by the
+    example of the others). What follows only some blocks (position embeddings added halfway) does not.
     """
-    last = units[-1]
-    if last.kind == "sequential" or last.tail:
+    ends = [block[-1].unit for block in blocks]
+    last, others = ends[-1], [unit for unit in ends[:-1] if unit.kind != "sequential"]
+    if last.kind == "sequential":
         return
-    before = [block[-1].unit for block in blocks[:-1]] or list(units[:-1])
-    patterns = {tuple(op_name(n) for n in unit.tail) for unit in before if unit.kind != "sequential"}
-    if len(patterns) != 1:
-        return
-    node, tail = last.end, []
-    for name in next(iter(patterns)):
-        following = [u for u in flow.users(node) if op_name(u) == name and flow.dominators.parent.get(u) is node]
-        if not following:
-            return
-        node = following[0]
-        tail.append(node)
-    last.tail = tail
+    examples = others or [u.unit for u in blocks[-1][:-1]]
+    patterns = {tuple(op_name(n) for n in unit.tail) for unit in examples}
+    tail = _follow(flow, last.end, next(iter(patterns))) if len(patterns) == 1 else None
+    if tail is not None:
+        last.tail = tail
+    else:
+        for unit in others:
+            unit.tail = []
+
+
+def _follow(flow: Flow, node: fx.Node, names: Sequence[str]) -> list[fx.Node] | None:
+    """The values after ``node`` made by operators of these names, each dominated by the one before."""
+    if not names:
+        return []
+    for user in flow.users(node):
+        if op_name(user) == names[0] and flow.dominators.parent.get(user) is node:
+            rest = _follow(flow, user, names[1:])
+            if rest is not None:
+                return [user, *rest]
+    return None

@@ -93,6 +93,11 @@ def shape_key(node: fx.Node) -> Shape:
     return tuple(s.node.expr if isinstance(s, torch.SymInt) else int(s) for s in value.shape)
 
 
+def reads_shape_only(name: str) -> bool:
+    """Whether an operator looks at its operands' shapes and not at their contents (``zeros_like``, ``size``)."""
+    return name in _SHAPE_ONLY or name.endswith("_like") or name.startswith("new_")
+
+
 def keeps_value(node: fx.Node) -> bool:
     """Whether an operator returns its first operand as it is: same shape, same dtype (a copy, an inactive dropout)."""
     if op_name(node) not in _SAME_VALUE or not node.args or not isinstance(node.args[0], fx.Node):
@@ -143,7 +148,7 @@ class Flow:
                 continue
             name = op_name(node)
             bits = 0
-            if name not in _SHAPE_ONLY and not name.endswith("_like") and not name.startswith("new_"):
+            if not reads_shape_only(name):
                 for operand in node.all_input_nodes:
                     bits |= data[operand]
             data[node] = bits if node.op == "output" or tensor_of(node) is not None else 0

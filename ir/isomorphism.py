@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from .dims import Dims
-from .flow import keeps_value, op_name, shape_key
+from .flow import keeps_value, op_name, reads_shape_only, shape_key
 
 _COMMUTATIVE = {
     "add",
@@ -84,8 +84,11 @@ class Hasher:
             return memo[node.args[0]]  # type: ignore[index]
         if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
             return self._digest(("SIZE", self._text(value)))
-        args = [self._argument(a, memo) for a in node.args]
         name = op_name(node)
+        if reads_shape_only(name):
+            plain = [repr(a) for a in node.args if not isinstance(a, (fx.Node, list, tuple))]
+            return self._digest((name, self._shape(node), plain))
+        args = [self._argument(a, memo) for a in node.args]
         if name in _COMMUTATIVE and len(args) == 2:
             args.sort()
         kwargs = sorted((key, self._argument(a, memo)) for key, a in node.kwargs.items())

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import sympy
 from torch import fx
 
 from .flow import ADDS, Flow, is_pointwise, is_view, op_name
@@ -141,7 +142,10 @@ def _addition_trees(flow: Flow) -> list[_Tree]:
     trees: list[_Tree] = []
     parent = flow.dominators.parent
     for node in reversed(flow.nodes):
-        if op_name(node) not in ADDS or node in inner or len(node.all_input_nodes) < 2 or not flow.is_float(node):
+        if op_name(node) not in ADDS or node in inner or not flow.is_float(node):
+            continue
+        # A constant added to the stream (position embeddings halfway) is no part of what was added before it.
+        if len(flow.operands(node)) < 2:
             continue
         leaves = flow.add_leaves(node)
         inner.update(add for add, _ in leaves)
@@ -335,10 +339,11 @@ def _link(units: Sequence[Unit], flow: Flow, dissolved: dict[fx.Node, fx.Node]) 
 
 def _continues(flow: Flow, unit: Unit, following: Unit, path: Sequence[fx.Node]) -> bool:
     """Whether the stream goes on: its shape stays the same between the two."""
-    if flow.shape(unit.end) == flow.shape(following.start):
+    before, after = flow.shape(unit.end), flow.shape(following.start)
+    if before == after:
         return True
     # A stream may be flattened to two dimensions and back; anything else that changes its shape ends it.
     changing = [n for n in path if n.args and isinstance(n.args[0], fx.Node) and flow.shape(n) != flow.shape(n.args[0])]
-    return (
-        all(op_name(n) in _RESHAPES for n in changing) and flow.shape(unit.end)[-1:] == flow.shape(following.start)[-1:]
-    )
+    if before[-1:] != after[-1:] or not all(op_name(n) in _RESHAPES for n in changing):
+        return False
+    return sympy.expand(sympy.Mul(*before) - sympy.Mul(*after)) == 0

@@ -26,11 +26,11 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from .blocks import Labelled, close_last, group, letter_of
+from .blocks import Labelled, group, letter_of, settle_tails
 from .branches import Verdict, classify
 from .dims import Dims
 from .errors import GraphlatheError, suggest
-from .flow import Flow, tensor_of
+from .flow import ADDS, Flow, op_name, tensor_of
 from .isomorphism import Hasher
 from .program import Program
 from .residual import Candidate, Unit, find_chains, find_units
@@ -180,9 +180,31 @@ def _label(flow: Flow, unit: Unit) -> Labelled:
     verdicts = [
         classify(flow, unit.start, nodes) if unit.kind != "sequential" else Verdict("conv", "") for nodes in unit.nodes
     ]
+    if unit.kind == "identity":
+        verdicts = _merge(flow, unit, verdicts)
     if unit.kind == "projection":
         return Labelled(unit, tuple(verdicts), "a" if any(v.kind == "attention" for v in verdicts) else "c")
     return Labelled(unit, tuple(verdicts), letter_of(verdicts))
+
+
+def _merge(flow: Flow, unit: Unit, verdicts: list[Verdict]) -> list[Verdict]:
+    """Take branches of one kind that are added to each other before the stream for one (shared and routed experts)."""
+    while True:
+        places = [i for i, (add, _) in enumerate(unit.leaves) if add is not unit.end]
+        pairs = [(i, j) for i in places for j in places if i < j and unit.leaves[i][0] is unit.leaves[j][0]]
+        same = next(((i, j) for i, j in pairs if verdicts[i].kind == verdicts[j].kind), None)
+        if same is None:
+            return verdicts
+        i, j = same
+        output = unit.leaves[i][0]
+        added = [output]
+        while op_name(user := flow.users(added[-1])[0]) not in ADDS:
+            added.append(user)
+        nodes = sorted({*unit.nodes[i], *unit.nodes[j], *added}, key=flow.position.__getitem__)
+        why = f"{verdicts[i].why}, plus {verdicts[j].why}"
+        merged = Verdict(verdicts[i].kind, why, verdicts[i].cross and verdicts[j].cross)
+        unit.leaves[i], unit.nodes[i], verdicts[i] = (user, added[-1]), nodes, merged
+        del unit.leaves[j], unit.nodes[j], verdicts[j]
 
 
 def _without_heads(chains: Sequence[list[Labelled]]) -> tuple[list[list[Labelled]], list[Candidate]]:
@@ -197,8 +219,8 @@ def _without_heads(chains: Sequence[list[Labelled]]) -> tuple[list[list[Labelled
 def _stream(flow: Flow, hasher: Hasher, chain: Sequence[Labelled]) -> Stream:
     units = [u.unit for u in chain]
     groups, stem = group(chain)
-    close_last(flow, units, groups)
-    points = (units[0].start, *(unit.after for unit in units))
+    settle_tails(flow, groups)
+    points = tuple(dict.fromkeys(point for unit in units for point in (unit.start, unit.after)))
     blocks = tuple(_block(flow, hasher, i, labelled) for i, labelled in enumerate(groups))
     return Stream(points, blocks, tuple(site for u in stem for site in _branches(flow, u)))
 
