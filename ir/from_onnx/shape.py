@@ -39,7 +39,7 @@ def is_number(size: Number, number: int) -> bool:
 
 @operator("Flatten")
 def flatten(x: Tensor, *, axis: int = 1) -> Tensor:
-    axis = axis % (x.dim() + 1) if axis < 0 else axis
+    axis = axis + x.dim() if axis < 0 else axis
     outer: Number = 1
     for length in x.shape[:axis]:
         outer = outer * length
@@ -77,7 +77,8 @@ def split(
     if sizes is not None:
         return torch.split(x, list(sizes.items), axis)
     count = num_outputs or n_outputs
-    return torch.split(x, (x.shape[axis] + count - 1) // count, axis)
+    width = (x.shape[axis] + count - 1) // count
+    return torch.split(x, [width] * (count - 1) + [x.shape[axis] - width * (count - 1)], axis)
 
 
 @operator("Slice", host=("starts", "ends", "axes", "steps"))

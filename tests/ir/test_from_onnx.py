@@ -1,0 +1,604 @@
+"""ONNX import: against ONNX Runtime on hand-made models, round trips of our own exports, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.helper as oh
+import onnx.numpy_helper as nh
+import pytest
+import torch
+
+from graphlathe.ir.errors import GraphlatheError, ImportModelError, InputError, UnsupportedOpError
+from graphlathe.ir.from_onnx import from_onnx, supported
+from graphlathe.ir.from_torch import trace
+from graphlathe.ir.program import ORIGIN, Program
+from graphlathe.ir.weights import FileSource
+from graphlathe.tools.zoo import get
+
+onnxruntime = pytest.importorskip("onnxruntime", reason="the reference is ONNX Runtime")
+
+F, I = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64  # noqa: E741 - short names for tables of cases
+B = onnx.TensorProto.BOOL
+
+Port = tuple[str, int, list[Any]]
+
+
+def _model(
+    nodes: Sequence[onnx.NodeProto],
+    inputs: Sequence[Port],
+    outputs: Sequence[str],
+    constants: Mapping[str, np.ndarray] | None = None,
+    opset: int = 20,
+) -> onnx.ModelProto:
+    graph = oh.make_graph(
+        list(nodes),
+        "test",
+        [oh.make_tensor_value_info(*port) for port in inputs],
+        [onnx.ValueInfoProto(name=name) for name in outputs],
+        [nh.from_array(np.asarray(value), name) for name, value in (constants or {}).items()],
+    )
+    return oh.make_model(graph, opset_imports=[oh.make_opsetid("", opset)], ir_version=10)
+
+
+def _inferred(model: onnx.ModelProto) -> onnx.ModelProto:
+    """ONNX Runtime wants the outputs' types, which shape inference finds (but for functions: those are float here)."""
+    inferred = onnx.shape_inference.infer_shapes(model)
+    for output in inferred.graph.output:
+        if not output.type.HasField("tensor_type"):
+            output.CopyFrom(oh.make_tensor_value_info(output.name, F, None))
+    return inferred
+
+
+def _reference(model: onnx.ModelProto, feeds: Mapping[str, torch.Tensor]) -> list[np.ndarray]:
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(
+        _inferred(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    return session.run(None, {name: value.numpy() for name, value in feeds.items()})
+
+
+def _import(model: onnx.ModelProto, folder: Path, **options: Any) -> Program:
+    onnx.save(model, str(folder / "model.onnx"))
+    return from_onnx(folder / "model.onnx", **options)
+
+
+def _check(model: onnx.ModelProto, folder: Path, *feeds: Mapping[str, torch.Tensor], **options: Any) -> Program:
+    """Import, and compare with ONNX Runtime at every given input."""
+    program = _import(model, folder, **options)
+    for feed in feeds:
+        actual = program.run(feed)
+        for (name, value), expected in zip(actual.items(), _reference(model, feed), strict=True):
+            assert list(value.shape) == list(expected.shape), name
+            assert str(value.dtype).removeprefix("torch.") == str(expected.dtype), name
+            scale = float(np.abs(expected[np.isfinite(expected)]).max(initial=1.0)) if expected.dtype != bool else 1.0
+            torch.testing.assert_close(value, torch.from_numpy(expected), rtol=0, atol=1e-5 * scale, equal_nan=True)
+    return program
+
+
+def _operators(program: Program) -> list[torch.fx.Node]:
+    return [node for node in program.graph.nodes if node.op == "call_function"]
+
+
+def _numbers(*shape: int) -> torch.Tensor:
+    return torch.linspace(-2, 2, int(np.prod(shape))).reshape(shape)
+
+
+# Every case: operator, attributes, other inputs (constants), the outputs' count, and the opset. The first input is a
+# float tensor of shape [N, 4, 6] with a dynamic N, at sizes 3 (traced or not) and 5.
+_CASES: list[tuple[str, dict[str, Any], list[np.ndarray | None], int, int]] = [
+    ("Add", {}, [np.float32(0.5)], 1, 20),
+    ("Sub", {}, [np.arange(6, dtype=np.float32)], 1, 20),
+    ("Div", {}, [np.float32(3)], 1, 20),
+    ("Pow", {}, [np.float32(2)], 1, 20),
+    ("Pow", {}, [np.int64(3)], 1, 20),
+    ("Mod", {"fmod": 1}, [np.float32(0.7)], 1, 20),
+    ("Max", {}, [np.float32(0.1), np.zeros((4, 1), np.float32)], 1, 20),
+    ("Mean", {}, [np.ones((4, 1), np.float32)], 1, 20),
+    ("Less", {}, [np.float32(0.3)], 1, 20),
+    ("GreaterOrEqual", {}, [np.zeros((4, 1), np.float32)], 1, 20),
+    ("Clip", {}, [np.float32(-0.5), np.float32(0.8)], 1, 20),
+    ("Clip", {}, [None, np.float32(0.8)], 1, 20),
+    ("Cast", {"to": I}, [], 1, 20),
+    ("IsInf", {"detect_negative": 0}, [], 1, 20),
+    ("LeakyRelu", {"alpha": 0.3}, [], 1, 20),
+    ("Elu", {"alpha": 0.5}, [], 1, 20),
+    ("Selu", {}, [], 1, 20),
+    ("Celu", {"alpha": 0.5}, [], 1, 20),
+    ("HardSigmoid", {"alpha": 0.3}, [], 1, 20),
+    ("HardSwish", {}, [], 1, 20),
+    ("ThresholdedRelu", {"alpha": 0.4}, [], 1, 20),
+    ("PRelu", {}, [np.full((4, 1), 0.2, np.float32)], 1, 20),
+    ("Gelu", {}, [], 1, 20),
+    ("Gelu", {"approximate": "tanh"}, [], 1, 20),
+    ("Softplus", {}, [], 1, 20),
+    ("Mish", {}, [], 1, 20),
+    ("Erf", {}, [], 1, 20),
+    ("Round", {}, [], 1, 20),
+    ("Reshape", {}, [np.array([0, -1], np.int64)], 1, 20),
+    ("Reshape", {}, [np.array([-1, 2, 12], np.int64)], 1, 20),
+    ("Flatten", {"axis": 2}, [], 1, 20),
+    ("Flatten", {"axis": -3}, [], 1, 20),
+    ("Transpose", {}, [], 1, 20),
+    ("Transpose", {"perm": [2, 0, 1]}, [], 1, 20),
+    ("Unsqueeze", {}, [np.array([0, -1], np.int64)], 1, 20),
+    ("Concat", {"axis": -1}, [], 1, 20),
+    ("Split", {"axis": 2}, [np.array([1, 5], np.int64)], 2, 20),
+    ("Split", {"axis": 2, "num_outputs": 4}, [], 4, 20),
+    ("Split", {"axis": 1}, [], 2, 13),
+    ("Slice", {}, [np.array([1, 0], np.int64), np.array([-1, 2**62], np.int64), np.array([2, 1], np.int64)], 1, 20),
+    ("Slice", {}, [np.array([-1]), np.array([-(2**62)]), np.array([2]), np.array([-2])], 1, 20),
+    ("Slice", {}, [np.array([4]), np.array([1]), np.array([-1]), np.array([-1])], 1, 20),
+    ("Expand", {}, [np.array([2, 1, 1, 6], np.int64)], 1, 20),
+    ("Tile", {}, [np.array([1, 2, 3], np.int64)], 1, 20),
+    ("Pad", {}, [np.array([0, 1, 2, 0, 0, 1], np.int64), np.float32(7)], 1, 20),
+    ("Pad", {}, [np.array([1, 2], np.int64), None, np.array([2], np.int64)], 1, 20),
+    ("Pad", {"mode": "reflect"}, [np.array([0, 0, 2, 0, 0, 1], np.int64)], 1, 20),
+    ("Pad", {"mode": "edge"}, [np.array([0, 1, 2, 0, 0, 1], np.int64)], 1, 20),
+    ("Trilu", {"upper": 0}, [np.int64(-1)], 1, 20),
+    ("Trilu", {}, [], 1, 20),
+    ("Gather", {"axis": 1}, [np.array([[0, -1], [2, 1]], np.int64)], 1, 20),
+    ("Gather", {"axis": -1}, [np.int64(-2)], 1, 20),
+    ("TopK", {"axis": 1}, [np.array([2], np.int64)], 2, 20),
+    ("ReduceMean", {"keepdims": 0}, [np.array([-1], np.int64)], 1, 20),
+    ("ReduceMean", {"axes": [1, 2]}, [], 1, 13),
+    ("ReduceSum", {}, [np.array([1], np.int64)], 1, 13),
+    ("ReduceSum", {"keepdims": 0}, [], 1, 20),
+    ("ReduceSum", {"noop_with_empty_axes": 1}, [], 1, 20),
+    ("ReduceMax", {}, [np.array([1, 2], np.int64)], 1, 20),
+    ("ReduceProd", {"keepdims": 0}, [np.array([1, 2], np.int64)], 1, 20),
+    ("ReduceL1", {}, [np.array([2], np.int64)], 1, 20),
+    ("ReduceL2", {}, [np.array([2], np.int64)], 1, 20),
+    ("ReduceSumSquare", {}, [np.array([2], np.int64)], 1, 20),
+    ("ReduceLogSumExp", {}, [np.array([1], np.int64)], 1, 20),
+    ("ArgMax", {"axis": 2}, [], 1, 20),
+    ("ArgMin", {"axis": 1, "keepdims": 0}, [], 1, 20),
+    ("CumSum", {}, [np.int64(1)], 1, 20),
+    ("CumSum", {"exclusive": 1, "reverse": 1}, [np.int64(-1)], 1, 20),
+    ("Softmax", {"axis": 1}, [], 1, 20),
+    ("LogSoftmax", {}, [], 1, 20),
+    ("MatMul", {}, [np.linspace(-1, 1, 18, dtype=np.float32).reshape(6, 3)], 1, 20),
+    ("Einsum", {"equation": "nij,jk->nki"}, [np.linspace(-1, 1, 18, dtype=np.float32).reshape(6, 3)], 1, 20),
+    ("LayerNormalization", {"axis": 1, "epsilon": 1e-3}, [np.ones((4, 6), np.float32) * 2], 1, 20),
+    ("LayerNormalization", {}, [np.arange(6, dtype=np.float32), np.ones(6, np.float32)], 3, 20),
+    ("BatchNormalization", {"epsilon": 1e-3}, [np.linspace(0.1, k, 4, dtype=np.float32) for k in (1, 2, 3, 4)], 1, 20),
+    ("InstanceNormalization", {}, [np.linspace(0.1, k, 4, dtype=np.float32) for k in (1, 2)], 1, 20),
+    ("GroupNormalization", {"num_groups": 2}, [np.linspace(0.1, k, 4, dtype=np.float32) for k in (1, 2)], 1, 21),
+    ("Conv", {"pads": [1, 1], "strides": [2]}, [np.linspace(-1, 1, 24, dtype=np.float32).reshape(2, 4, 3)], 1, 20),
+    ("Conv", {"pads": [2, 0], "group": 2}, [np.linspace(-1, 1, 12, dtype=np.float32).reshape(2, 2, 3)], 1, 20),
+    (
+        "Conv",
+        {"auto_pad": "SAME_UPPER", "strides": [2]},
+        [np.ones((1, 4, 3), np.float32), np.ones(1, np.float32)],
+        1,
+        20,
+    ),
+    (
+        "ConvTranspose",
+        {"strides": [2], "pads": [1, 1]},
+        [np.linspace(-1, 1, 24, dtype=np.float32).reshape(4, 2, 3)],
+        1,
+        20,
+    ),
+    ("MaxPool", {"kernel_shape": [3], "pads": [1, 0], "strides": [2]}, [], 1, 20),
+    ("MaxPool", {"kernel_shape": [2], "ceil_mode": 1, "strides": [2]}, [], 1, 20),
+    ("AveragePool", {"kernel_shape": [3], "pads": [1, 1]}, [], 1, 20),
+    ("AveragePool", {"kernel_shape": [3], "pads": [1, 0], "count_include_pad": 1}, [], 1, 20),
+    ("GlobalAveragePool", {}, [], 1, 20),
+    ("GlobalMaxPool", {}, [], 1, 20),
+    ("Dropout", {}, [], 1, 20),
+    ("EyeLike", {"k": 1}, [], 1, 20),
+]
+
+
+@pytest.mark.parametrize("case", _CASES, ids=[f"{c[0]}-{i}" for i, c in enumerate(_CASES)])
+def test_operator_agrees_with_onnx_runtime(case: Any, tmp_path: Path) -> None:
+    name, attributes, others, outputs, opset = case
+    names = ["x", *(f"c{i}" if value is not None else "" for i, value in enumerate(others))]
+    results = [f"y{i}" for i in range(outputs)]
+    constants = {f"c{i}": value for i, value in enumerate(others) if value is not None}
+    nodes = [oh.make_node(name, names, results, **attributes)]
+    shape: list[Any] = ["N", 4, 6]
+    if name == "EyeLike":  # of rank two only
+        nodes = [oh.make_node("Flatten", ["x"], ["flat"]), oh.make_node(name, ["flat"], results, **attributes)]
+    model = _model(nodes, [("x", F, shape)], results, constants, opset)
+    program = _check(model, tmp_path, {"x": _numbers(3, 4, 6)}, {"x": _numbers(5, 4, 6)})
+    assert list(program.main.dims.by_name) == ["N"]
+    assert all(node.meta[ORIGIN] for node in _operators(program) if "sym_size" not in str(node.target))
+
+
+def test_cases_name_known_operators() -> None:
+    assert {case[0] for case in _CASES} <= set(supported())
+
+
+@pytest.mark.parametrize(
+    ("name", "attributes", "indices", "updates"),
+    [
+        ("GatherND", {}, [[0, 1], [1, -1]], None),
+        ("GatherND", {"batch_dims": 1}, [[[0, 2]], [[-1, 1]]], None),
+        ("GatherElements", {"axis": 1}, [[[0, 1, -1]], [[1, 0, 0]]], None),
+        ("ScatterND", {}, [[0, 1], [1, 0]], np.ones((2, 3), np.float32)),
+        ("ScatterND", {"reduction": "add"}, [[0, 1], [0, 1]], np.ones((2, 3), np.float32)),
+        ("ScatterElements", {"axis": 1}, [[[0, 1, -1]], [[1, 0, 0]]], np.full((2, 1, 3), 9, np.float32)),
+        (
+            "ScatterElements",
+            {"axis": 1, "reduction": "max"},
+            [[[0, 1, -1]], [[1, 0, 0]]],
+            np.zeros((2, 1, 3), np.float32),
+        ),
+    ],
+)
+def test_indexing(
+    name: str, attributes: dict[str, Any], indices: Any, updates: np.ndarray | None, tmp_path: Path
+) -> None:
+    inputs = ["x", "i", *(["u"] if updates is not None else [])]
+    ports: list[Port] = [("x", F, [2, 2, 3]), ("i", I, list(np.asarray(indices).shape))]
+    feeds = {"x": _numbers(2, 2, 3), "i": torch.tensor(indices)}
+    if updates is not None:
+        ports.append(("u", F, list(updates.shape)))
+        feeds["u"] = torch.from_numpy(updates)
+    _check(_model([oh.make_node(name, inputs, ["y"], **attributes)], ports, ["y"]), tmp_path, feeds)
+
+
+def test_one_hot(tmp_path: Path) -> None:
+    constants = {"depth": np.array([4], np.int64), "values": np.array([2, 5], np.float32)}
+    model = _model(
+        [oh.make_node("OneHot", ["i", "depth", "values"], ["y"], axis=1)], [("i", I, ["N", 2])], ["y"], constants
+    )
+    _check(model, tmp_path, {"i": torch.tensor([[0, 3], [-1, 1], [2, 2]])})
+
+
+def test_integer_division_truncates(tmp_path: Path) -> None:
+    model = _model([oh.make_node("Div", ["a", "b"], ["y"])], [("a", I, ["N"]), ("b", I, ["N"])], ["y"])
+    _check(model, tmp_path, {"a": torch.tensor([7, -7, 7, -7]), "b": torch.tensor([2, 2, -2, -2])})
+
+
+def test_gemm_forms(tmp_path: Path) -> None:
+    """A plain one is a linear layer; scaled or transposed ones are computed."""
+    weight, bias = _numbers(5, 6).numpy(), _numbers(5).numpy()
+    constants = {"w": weight, "wt": weight.T.copy(), "b": bias, "m": _numbers(1, 5).numpy()}
+    nodes = [
+        oh.make_node("Gemm", ["x", "w", "b"], ["y0"], transB=1),
+        oh.make_node("Gemm", ["x", "wt", "b"], ["y1"]),
+        oh.make_node("Gemm", ["x", "wt", "m"], ["y2"], alpha=0.5, beta=2.0),
+        oh.make_node("Gemm", ["x", "w"], ["y3"], transB=1),
+    ]
+    model = _model(nodes, [("x", F, ["N", 6])], ["y0", "y1", "y2", "y3"], constants)
+    program = _check(model, tmp_path, {"x": _numbers(3, 6)}, {"x": _numbers(1, 6)})
+    assert sum(n.target is torch.ops.aten.linear.default for n in program.graph.nodes) == 2
+
+
+def test_attention_and_rms_normalization(tmp_path: Path) -> None:
+    """Operators of opset 23, which ONNX Runtime may lack: the reference is ONNX's own evaluator."""
+    from onnx.reference import ReferenceEvaluator
+
+    nodes = [
+        oh.make_node("Attention", ["q", "k", "k"], ["a"], q_num_heads=4, kv_num_heads=2, is_causal=1),
+        oh.make_node("RMSNormalization", ["a", "scale"], ["y"], epsilon=1e-3),
+    ]
+    constants = {"scale": np.linspace(0.5, 2, 16, dtype=np.float32)}
+    model = _model(nodes, [("q", F, ["N", 5, 16]), ("k", F, ["N", 5, 8])], ["y"], constants, opset=23)
+    program = _import(model, tmp_path)
+    feeds = {"q": _numbers(3, 5, 16), "k": _numbers(3, 5, 8)}
+    typed = oh.make_model(model.graph, opset_imports=model.opset_import, ir_version=10)
+    typed.graph.output[0].CopyFrom(oh.make_tensor_value_info("y", F, None))
+    (expected,) = ReferenceEvaluator(typed).run(None, {k: v.numpy() for k, v in feeds.items()})
+    torch.testing.assert_close(program.run(feeds)["y"], torch.from_numpy(expected), rtol=1e-5, atol=1e-5)
+
+
+def _reshape_chain() -> onnx.ModelProto:
+    """What exporters write for ``x.view(B, S, heads, -1)``: twelve nodes of shape arithmetic."""
+    nodes = [
+        oh.make_node("Shape", ["x"], ["shape"]),
+        oh.make_node("Gather", ["shape", "zero"], ["b"]),
+        oh.make_node("Gather", ["shape", "one"], ["s"]),
+        oh.make_node("Gather", ["shape", "two"], ["width"]),
+        oh.make_node("Div", ["width", "heads"], ["size"]),
+        oh.make_node("Unsqueeze", ["b", "axes"], ["b1"]),
+        oh.make_node("Unsqueeze", ["s", "axes"], ["s1"]),
+        oh.make_node("Unsqueeze", ["heads", "axes"], ["h1"]),
+        oh.make_node("Cast", ["size"], ["size32"], to=onnx.TensorProto.INT32),
+        oh.make_node("Cast", ["size32"], ["size64"], to=I),
+        oh.make_node("Unsqueeze", ["size64", "axes"], ["d1"]),
+        oh.make_node("Concat", ["b1", "s1", "h1", "d1"], ["target"], axis=0),
+        oh.make_node("Reshape", ["x", "target"], ["y"]),
+    ]
+    constants = {"zero": 0, "one": 1, "two": 2, "heads": 4}
+    arrays = {name: np.array(value, np.int64) for name, value in constants.items()} | {"axes": np.array([0], np.int64)}
+    return _model(nodes, [("x", F, ["B", "S", 24])], ["y"], arrays)
+
+
+def test_shape_arithmetic_disappears(tmp_path: Path) -> None:
+    """The chain becomes one reshape with symbolic sizes, and no weight."""
+    program = _check(_reshape_chain(), tmp_path, {"x": _numbers(2, 3, 24)}, {"x": _numbers(5, 1, 24)})
+    targets = [str(node.target) for node in _operators(program)]
+    assert [target for target in targets if "sym_size" not in target] == ["aten.reshape.default"]
+    assert program.weights == {}
+    assert [program.main.dims.format(d) for d in program.outputs[0].shape] == ["B", "S", "4", "6"]
+
+
+def test_sizes_that_become_data(tmp_path: Path) -> None:
+    """A size that a real operator consumes is a tensor there, still symbolic."""
+    nodes = [
+        oh.make_node("Shape", ["x"], ["shape"]),
+        oh.make_node("Cast", ["shape"], ["floats"], to=F),
+        oh.make_node("ReduceSum", ["x", "axes"], ["total"], keepdims=0),
+        oh.make_node("Div", ["total", "floats"], ["y"]),
+        oh.make_node("Range", ["zero", "count", "one"], ["r"]),
+        oh.make_node("Size", ["x"], ["count"]),
+    ]
+    nodes = [*nodes[:4], nodes[5], nodes[4]]
+    constants = {"axes": np.array([0], np.int64), "zero": np.int64(0), "one": np.int64(1)}
+    model = _model(nodes, [("x", F, ["N", 2])], ["y", "r"], constants)
+    _check(model, tmp_path, {"x": _numbers(3, 2)}, {"x": _numbers(7, 2)})
+
+
+def test_choice_by_size_becomes_a_guard(tmp_path: Path) -> None:
+    """``Where`` on a comparison of sizes is decided once; sizes that decide otherwise are refused."""
+    nodes = [
+        oh.make_node("Shape", ["x"], ["shape"], start=0, end=1),
+        oh.make_node("Less", ["shape", "limit"], ["small"]),
+        oh.make_node("Where", ["small", "shape", "limit"], ["end"]),
+        oh.make_node("Slice", ["x", "zero", "end"], ["y"]),
+    ]
+    constants = {"limit": np.array([8], np.int64), "zero": np.array([0], np.int64)}
+    model = _model(nodes, [("x", F, ["N", 2])], ["y"], constants)
+    program = _check(model, tmp_path, {"x": _numbers(5, 2)}, {"x": _numbers(7, 2)}, sizes={"N": 4})
+    with pytest.raises(InputError, match="N"):
+        program.run({"x": _numbers(9, 2)})
+
+
+def test_if_with_a_known_condition(tmp_path: Path) -> None:
+    outputs = [oh.make_tensor_value_info("r", F, None)]
+    branches = {
+        "then_branch": oh.make_graph([oh.make_node("Neg", ["x"], ["r"])], "then", [], outputs),
+        "else_branch": oh.make_graph([oh.make_node("Abs", ["x"], ["r"])], "else", [], outputs),
+    }
+    nodes = [
+        oh.make_node("Shape", ["x"], ["shape"], start=1, end=2),
+        oh.make_node("Equal", ["shape", "two"], ["is_two"]),
+        oh.make_node("Squeeze", ["is_two"], ["condition"]),
+        oh.make_node("If", ["condition"], ["y"], **branches),
+    ]
+    constants = {"two": np.array([2], np.int64)}
+    _check(_model(nodes, [("x", F, ["N", 2])], ["y"], constants), tmp_path, {"x": _numbers(3, 2)})
+    _check(_model(nodes, [("x", F, ["N", 3])], ["y"], constants), tmp_path, {"x": _numbers(3, 3)})
+
+
+def test_functions_are_inlined(tmp_path: Path) -> None:
+    function = oh.make_function(
+        "own", "Twice", ["a"], ["b"], [oh.make_node("Add", ["a", "a"], ["b"])], [oh.make_opsetid("", 20)]
+    )
+    model = _model([oh.make_node("Twice", ["x"], ["y"], domain="own")], [("x", F, ["N"])], ["y"])
+    model.opset_import.append(oh.make_opsetid("own", 1))
+    model.functions.append(function)
+    program = _import(model, tmp_path)
+    assert torch.equal(program.run({"x": _numbers(4)})["y"], 2 * _numbers(4))
+
+
+def test_names_and_origins(tmp_path: Path) -> None:
+    """Inputs, outputs and weights keep names that are no identifiers; nodes know the ONNX node they came from."""
+    node = oh.make_node("MatMul", ["input:0", "layer/w.1"], ["out put"], name="layer/MatMul")
+    model = _model([node], [("input:0", F, ["batch size", 3])], ["out put"], {"layer/w.1": _numbers(3, 2).numpy()})
+    program = _import(model, tmp_path)
+    assert (program.main.inputs, program.main.outputs) == (("input:0",), ("out put",))
+    assert list(program.weights) == ["layer/w.1"]
+    assert list(program.main.dims.by_name) == ["batch_size"]
+    (matmul,) = _operators(program)
+    assert matmul.meta[ORIGIN] == "layer/MatMul"
+    assert torch.equal(program.run({"input:0": _numbers(4, 3)})["out put"], _numbers(4, 3) @ _numbers(3, 2))
+    assert torch.equal(program.clone().run({"input:0": _numbers(4, 3)})["out put"], _numbers(4, 3) @ _numbers(3, 2))
+
+
+def test_unnamed_dynamic_dimension_and_static(tmp_path: Path) -> None:
+    model = _model([oh.make_node("Relu", ["x"], ["y"])], [("x", F, [None, 3])], ["y"])
+    assert list(_import(model, tmp_path).main.dims.by_name) == ["x_0"]
+    fixed = _import(model, tmp_path, sizes={"x_0": 4}, static=True)
+    assert fixed.inputs[0].shape == (4, 3)
+    assert not fixed.main.dims.by_name
+    with pytest.raises(ImportModelError, match="static=True"):
+        _import(model, tmp_path, static=True)
+    with pytest.raises(ImportModelError, match="no dynamic dimension 'q'"):
+        _import(model, tmp_path, sizes={"q": 4})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int32, torch.uint8, torch.bool])
+def test_stored_types(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Raw, typed-field and external storage of each element type give the same numbers."""
+    values = (torch.arange(6) % 2 if dtype == torch.bool else torch.arange(6)).reshape(2, 3).to(dtype)
+    kind = {torch.bfloat16: onnx.TensorProto.BFLOAT16}.get(dtype) or oh.np_dtype_to_tensor_dtype(
+        np.dtype(str(dtype).removeprefix("torch."))
+    )
+    raw = onnx.TensorProto(
+        name="raw", data_type=kind, dims=[2, 3], raw_data=values.reshape(-1).view(torch.uint8).numpy().tobytes()
+    )
+    typed = oh.make_tensor("typed", kind, [2, 3], values.double().flatten().tolist())
+    outside = onnx.TensorProto(name="outside", data_type=kind, dims=[2, 3], data_location=onnx.TensorProto.EXTERNAL)
+    for key, value in {"location": "data/w.bin", "offset": "7", "length": str(len(raw.raw_data))}.items():
+        outside.external_data.add(key=key, value=value)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "w.bin").write_bytes(b"x" * 7 + raw.raw_data)
+    nodes = [oh.make_node("Expand", [name, "shape"], [f"{name}_out"]) for name in ("raw", "typed", "outside")]
+    nodes.insert(0, oh.make_node("Shape", ["x"], ["shape"]))
+    model = _model(nodes, [("x", F, ["N", 2, 3])], ["raw_out", "typed_out", "outside_out"])
+    model.graph.initializer.extend([raw, typed, outside])
+    program = _import(model, tmp_path)
+    assert isinstance(program.weights["outside"].source, FileSource)
+    for value in program.run({"x": torch.zeros(4, 2, 3)}).values():
+        assert torch.equal(value, values.expand(4, 2, 3))
+
+
+def _external(folder: Path, location: str, size: int = 24) -> onnx.ModelProto:
+    model = _model([oh.make_node("Add", ["x", "w"], ["y"])], [("x", F, ["N", 6])], ["y"])
+    tensor = onnx.TensorProto(name="w", data_type=F, dims=[6], data_location=onnx.TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value=location)
+    tensor.external_data.add(key="length", value=str(size))
+    model.graph.initializer.append(tensor)
+    return model
+
+
+@pytest.mark.parametrize("location", ["../secret.bin", "/etc/passwd", "sub/../../secret.bin", "link.bin"])
+def test_external_data_outside_the_folder(location: str, tmp_path: Path) -> None:
+    (tmp_path / "secret.bin").write_bytes(bytes(24))
+    inside = tmp_path / "model"
+    (inside / "sub").mkdir(parents=True)
+    (inside / "link.bin").symlink_to(tmp_path / "secret.bin")
+    with pytest.raises(ImportModelError, match="outside the model's folder"):
+        _import(_external(inside, location), inside)
+
+
+def test_external_data_missing_or_short(tmp_path: Path) -> None:
+    with pytest.raises(ImportModelError, match=r"'w\.bin' of initializer 'w' is missing"):
+        _import(_external(tmp_path, "w.bin"), tmp_path)
+    (tmp_path / "w.bin").write_bytes(bytes(20))
+    with pytest.raises(ImportModelError, match="truncated: 20 bytes"):
+        _import(_external(tmp_path, "w.bin"), tmp_path)
+    with pytest.raises(ImportModelError, match="has 20 bytes"):
+        _import(_external(tmp_path, "w.bin", 20), tmp_path)
+
+
+def test_truncated_and_empty_files(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    _import(_reshape_chain(), tmp_path)
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(ImportModelError, match=r"cannot read|holds no graph"):
+        from_onnx(path)
+    path.write_bytes(b"")
+    with pytest.raises(ImportModelError, match="holds no graph"):
+        from_onnx(path)
+    with pytest.raises(ImportModelError, match="no file"):
+        from_onnx(tmp_path / "nothing.onnx")
+
+
+def test_unsupported_operators_are_all_named(tmp_path: Path) -> None:
+    nodes = [
+        oh.make_node("NonZero", ["x"], ["a"], name="find"),
+        oh.make_node("Unique", ["x"], ["b"]),
+        oh.make_node("Own", ["x"], ["c"], domain="elsewhere"),
+    ]
+    model = _model(nodes, [("x", F, ["N"])], ["a", "b", "c"])
+    model.opset_import.append(oh.make_opsetid("elsewhere", 1))
+    with pytest.raises(UnsupportedOpError, match=r"NonZero .*2 other operators.*Unique, elsewhere::Own.*%find"):
+        _import(model, tmp_path)
+
+
+def _refused(change: Callable[[onnx.ModelProto], None]) -> onnx.ModelProto:
+    model = _model([oh.make_node("Relu", ["x"], ["y"], name="act")], [("x", F, ["N"])], ["y"])
+    change(model)
+    return model
+
+
+def _old_opset(model: onnx.ModelProto) -> None:
+    model.opset_import[0].version = 11
+
+
+def _dangling(model: onnx.ModelProto) -> None:
+    model.graph.node[0].input[0] = "nowhere"
+
+
+def _attribute(model: onnx.ModelProto) -> None:
+    model.graph.node[0].attribute.append(oh.make_attribute("slope", 0.5))
+
+
+def _no_rank(model: onnx.ModelProto) -> None:
+    model.graph.input[0].type.tensor_type.ClearField("shape")
+
+
+def _data_dependent(model: onnx.ModelProto) -> None:
+    model.graph.node[0].CopyFrom(oh.make_node("Expand", ["x", "shape"], ["y"], name="grow"))
+    model.graph.input.append(oh.make_tensor_value_info("shape", I, [2]))
+
+
+def _wrong_shapes(model: onnx.ModelProto) -> None:
+    model.graph.node[0].CopyFrom(oh.make_node("MatMul", ["x", "w"], ["y"], name="product"))
+    model.graph.initializer.append(nh.from_array(np.ones((2, 2, 3), np.float32), "w"))
+    model.graph.input[0].CopyFrom(oh.make_tensor_value_info("x", F, ["N", 5]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_old_opset, "uses opset 11"),
+        (_dangling, "nothing computes the value 'nowhere'"),
+        (_attribute, "attribute 'slope'"),
+        (_no_rank, "has no rank"),
+        (_data_dependent, "'target' of Expand is computed from data"),
+        (_wrong_shapes, "MatMul failed on shapes"),
+    ],
+)
+def test_bad_models(change: Callable[[onnx.ModelProto], None], message: str, tmp_path: Path) -> None:
+    with pytest.raises(GraphlatheError, match=message):
+        _import(_refused(change), tmp_path)
+
+
+def test_dimension_that_is_not_dynamic(tmp_path: Path) -> None:
+    """A file that declares a dimension dynamic, and then reshapes to a fixed size: refused, or guarded, never wrong."""
+    constants = {"shape": np.array([4, 3], np.int64)}
+    model = _model([oh.make_node("Reshape", ["x", "shape"], ["y"])], [("x", F, ["N", 3])], ["y"], constants)
+    with pytest.raises(ImportModelError):
+        _import(model, tmp_path)
+    assert _import(model, tmp_path, sizes={"N": 4}, static=True).inputs[0].shape == (4, 3)
+
+
+def _same(actual: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    assert list(actual) == list(expected)
+    for name, value in expected.items():
+        error = (actual[name] - value).abs().max()
+        assert error <= 1e-5 * value.abs().max(), f"{name}: {error}"
+
+
+def _round_trip(name: str, folder: Path) -> None:
+    zoo = get(name)
+    module = zoo.module()
+    original = trace(module, zoo.example(), dynamic=zoo.dynamic)
+    path = original.export_onnx(folder / f"{name}.onnx")
+    program = from_onnx(path)
+    assert program.main.inputs == original.main.inputs
+    assert set(program.main.dims.by_name) == set(original.main.dims.by_name)
+    texts = {original.main.dims.format_expr(g.expr) for g in original.main.dims.guards}
+    assert texts <= {program.main.dims.format_expr(g.expr) for g in program.main.dims.guards}
+    for sizes in (zoo.trace_sizes, *zoo.unseen_sizes):
+        inputs = zoo.inputs(sizes)
+        _same(program.run(inputs), original.run(inputs))
+    shared = [
+        n for n in program.weights if n in original.weights and program.weights[n].shape == original.weights[n].shape
+    ]
+    assert shared
+    for weight in shared:
+        assert torch.equal(program.weights[weight].tensor(), original.weights[weight].tensor())
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "vit", "resnet"])
+def test_round_trip_of_our_exports(name: str, tmp_path: Path) -> None:
+    """torch -> ONNX -> program: names, dimensions, guards and weights survive; equal at sizes no trace saw."""
+    _round_trip(name, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt2", "mixtral", "t5", "mamba2", "convnext", "clip", "gemma2", "whisper"])
+def test_round_trip_of_more_exports(name: str, tmp_path: Path) -> None:
+    _round_trip(name, tmp_path)
+
+
+@pytest.mark.slow
+def test_foreign_export(tmp_path: Path) -> None:
+    """What PyTorch's own exporter writes, optimized, with dimension names of its own."""
+    zoo = get("llama")
+    module = zoo.module()
+    dynamic = {name: {axis: torch.export.Dim.DYNAMIC for axis in axes} for name, axes in zoo.dynamic.items()}
+    exported = torch.onnx.export(module, (), kwargs=zoo.example(), dynamo=True, dynamic_shapes=dynamic, verbose=False)
+    exported.save(str(tmp_path / "model.onnx"))
+    program = from_onnx(tmp_path / "model.onnx")
+    assert len(program.main.dims.by_name) == 2
+    for sizes in (zoo.trace_sizes, *zoo.unseen_sizes):
+        inputs = zoo.inputs(sizes)
+        with torch.no_grad():
+            expected = module(**inputs).logits
+        (actual,) = program.run(inputs).values()
+        assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
