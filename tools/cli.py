@@ -33,6 +33,7 @@ app = typer.Typer(
 # The command line's own library is vendored by newer versions of Typer: reach its classes through a name that stays.
 _UsageError = typer.BadParameter.__mro__[1]
 _ClickException = typer.BadParameter.__mro__[2]
+_INTERRUPTED = 130
 
 
 class Format(StrEnum):
@@ -329,7 +330,8 @@ def execute(arguments: list[str]) -> int:
         if not debug:
             warnings.simplefilter("ignore")
         try:
-            return int(app(args=rest, prog_name="graphlathe", standalone_mode=False) or 0)
+            code = int(app(args=rest, prog_name="graphlathe", standalone_mode=False) or 0)
+            return _failed("interrupted", code, False) if code == _INTERRUPTED else code
         except GraphlatheError as error:
             return _failed(str(error), 2, debug)
         except _UsageError as error:
@@ -337,7 +339,7 @@ def execute(arguments: list[str]) -> int:
         except _ClickException as error:
             return _failed(error.format_message(), 2, debug)  # type: ignore[attr-defined]
         except (KeyboardInterrupt, typer.Abort):
-            return _failed("interrupted", 130, False)
+            return _failed("interrupted", _INTERRUPTED, False)
         except BrokenPipeError:
             # Whoever read our output is gone, as with `| head`; Python would complain once more at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -371,7 +373,7 @@ def _failed(message: str, code: int, debug: bool) -> int:
 
         traceback.print_exc()
     print(
-        f"graphlathe: {message}" if code == 130 else f"error: {message}",
+        f"graphlathe: {message}" if code == _INTERRUPTED else f"error: {message}",
         file=sys.stderr,
     )
     return code

@@ -120,8 +120,13 @@ def _check_outputs(options: OptimizeOptions) -> None:
             )
         if onnx and output.is_dir():
             raise ExportError(f"'{output}' is a folder", remedy="name a file")
-    if options.opset is not None and (output is None or output.suffix != ".onnx"):
-        raise ExportError("--opset is for ONNX files", remedy="give -o FILE.onnx")
+    if options.opset is not None:
+        if output is None or output.suffix != ".onnx":
+            raise ExportError("--opset is for ONNX files", remedy="give -o FILE.onnx")
+        from ..ir.to_onnx import OPSETS
+
+        if options.opset not in OPSETS:
+            raise ExportError(f"opset {options.opset} is not supported", expected=f"{OPSETS[0]} to {OPSETS[-1]}")
     if options.report is not None:
         check_writable(options.report)
     if options.dump_dir is not None:
