@@ -22,7 +22,7 @@ from .errors import GraphlatheError, suggest
 from .infer import Inference, fake_weight
 from .parse import DimLine, OperatorLine, Place, Ref, Section, TypeText, WeightLine, parse_document, public_name
 from .program import MADE_BY, ORIGIN, Entry, Program, StatePair
-from .types import DTYPES, TypePrinter, is_unbacked, parse_expr, same_type
+from .types import DTYPES, TypePrinter, is_condition, is_unbacked, parse_expr, same_type
 from .weights import RandomSource, Weight
 
 MODULES = {"operator": operator, "math": math, "torch": torch}
@@ -171,7 +171,7 @@ class _Scope:
 
     def _guard(self, line: TypeText) -> Guard:
         expr = self.expr(line.text, line.place)
-        if not isinstance(expr, sympy.logic.boolalg.Boolean):
+        if not is_condition(expr):
             line.place.fail("a guard is a condition on sizes")
         if expr.free_symbols and not any(d.hint < 2 for d in self.dims.values()):
             held = self.env.evaluate_expr(expr)

@@ -246,18 +246,36 @@ def same_size(a: Any, b: Any, env: ShapeEnv | None) -> bool:
         return True
     if not a.free_symbols and not b.free_symbols:
         return bool(a == b)
-    if isinstance(a, sympy.logic.boolalg.Boolean) or isinstance(b, sympy.logic.boolalg.Boolean):
+    if is_condition(a) or is_condition(b):
         return bool(sympy.simplify(sympy.Equivalent(a, b)) == sympy.true)
     if env is not None:
         a, b = env.replace(a), env.replace(b)
     difference = sympy.expand(a - b)
     if difference == 0:
         return True
-    if env is not None:
-        known = env._maybe_evaluate_static(sympy.Eq(a, b))
-        if known is not None:
-            return bool(known)
-    return bool(sympy.simplify(difference) == 0)
+    known = env._maybe_evaluate_static(sympy.Eq(a, b)) if env is not None else None
+    if known is not None:
+        return bool(known)
+    # Cheap, and most unequal sizes end here; simplification can take seconds.
+    return not _differs_somewhere(difference) and bool(sympy.simplify(difference) == 0)
+
+
+def is_condition(expr: Any) -> bool:
+    """Whether an expression is a condition (a plain symbol, which sympy also takes for one, is not)."""
+    return isinstance(
+        expr, (sympy.logic.boolalg.BooleanAtom, sympy.logic.boolalg.BooleanFunction, sympy.core.relational.Relational)
+    )
+
+
+def _differs_somewhere(difference: Any) -> bool:
+    """Whether a difference of sizes is not 0 where the symbols are some small primes, or some larger ones."""
+    symbols = sorted(difference.free_symbols, key=str)
+    for start in (2, 47):
+        sizes = {symbol: sympy.Integer(sympy.nextprime(start + 10 * i)) for i, symbol in enumerate(symbols)}
+        value = difference.xreplace(sizes)
+        if value.is_number and value != 0:
+            return True
+    return False
 
 
 def same_type(a: Any, b: Any, env: ShapeEnv | None) -> bool:

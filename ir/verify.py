@@ -364,8 +364,8 @@ def _check_text(program: Program, pass_name: str | None) -> None:
     """Level 2: the text form reads back to the same text."""
     from .text import parse_program, print_program
 
-    text = print_program(program)
     try:
+        text = print_program(program)
         again = print_program(parse_program(text, program.weights))
     except GraphlatheError as error:
         raise VerifyError(f"the text form does not read back: {error}", pass_name=pass_name) from error

@@ -281,7 +281,7 @@ program @main(%x: f32[S, 4]) -> (%y) {
     ("old", "new", "message", "line", "column"),
     [
         ("aten.linear", "aten.linaer", "unknown operator 'aten.linaer' (did you mean 'linear'?)", 4, 3),
-        ("aten.linear", "aten.div", "'aten.div' has no overload 'default'", 4, 3),
+        ("aten.linear", "aten.linear.old", "'aten.linear' has no overload 'old'", 4, 3),
         ("aten.linear", "mylib.linear", "unknown operator 'mylib.linear'", 4, 3),
         ("aten.linear", "operator.nothing", "unknown function 'operator.nothing'", 4, 3),
         ("aten.linear", "higher_order.nothing", "unknown operator 'higher_order.nothing'", 4, 3),
