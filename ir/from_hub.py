@@ -7,11 +7,12 @@ model for real, and ``program.metadata["weights"]`` says so.
 
 from __future__ import annotations
 
+import io
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,7 @@ from .program import Program
 from .safetensors_index import main_dtype, read_checkpoint
 from .weights import Weight
 
-_READ_AGAIN = (
-    "the files may be truncated or incomplete: download or copy the folder again"
-)
+_READ_AGAIN = "the files may be truncated or incomplete: download or copy the folder again"
 
 
 def from_hub(
@@ -86,9 +85,7 @@ def from_hub(
     config = _read_config(source)
     if meta:
         model = build_model(config, dtype or _dtype_of(config) or torch.float32)
-        return _trace(
-            model, example_inputs, dynamic, "meta: shapes and dtypes only", source
-        )
+        return _trace(model, example_inputs, dynamic, "meta: shapes and dtypes only", source)
     stored = read_checkpoint(source)
     if not stored:
         return _really_loaded(
@@ -124,9 +121,7 @@ def from_hub(
     return program
 
 
-def load_tokenizer(
-    path: str | os.PathLike[str], *, gguf_file: str | None = None
-) -> Any:
+def load_tokenizer(path: str | os.PathLike[str], *, gguf_file: str | None = None) -> Any:
     """The `transformers` tokenizer of a checkpoint folder or a GGUF file.
 
     Raises:
@@ -140,12 +135,8 @@ def load_tokenizer(
     try:
         with _quiet():
             if gguf is not None:
-                return transformers.AutoTokenizer.from_pretrained(
-                    gguf.parent, gguf_file=gguf.name
-                )
-            return transformers.AutoTokenizer.from_pretrained(
-                source, local_files_only=True
-            )
+                return transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            return transformers.AutoTokenizer.from_pretrained(source, local_files_only=True)
     except Exception as error:
         raise ImportModelError(
             f"cannot read the tokenizer of '{source}': {_first_line(error)}",
@@ -179,26 +170,20 @@ def find_gguf(source: Path, gguf_file: str | None = None) -> Path | None:
         raise ImportModelError(f"no file '{file}'")
     with open(file, "rb") as opened:
         if opened.read(4) != b"GGUF":
-            raise ImportModelError(
-                f"'{file}' is no GGUF file", expected="a file that starts with 'GGUF'"
-            )
+            raise ImportModelError(f"'{file}' is no GGUF file", expected="a file that starts with 'GGUF'")
     return file
 
 
 def _read_config(folder: Path) -> Any:
     if not folder.is_dir():
-        raise ImportModelError(
-            f"no folder '{folder}'", expected="a checkpoint folder or a .gguf file"
-        )
+        raise ImportModelError(f"no folder '{folder}'", expected="a checkpoint folder or a .gguf file")
     if not (folder / "config.json").is_file():
         raise ImportModelError(
             f"'{folder}' holds no config.json",
             expected="config.json and safetensors files, or a .gguf file",
         )
     try:
-        config = import_transformers().AutoConfig.from_pretrained(
-            folder, local_files_only=True
-        )
+        config = import_transformers().AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:
         raise ImportModelError(
             f"cannot read '{folder / 'config.json'}': {_first_line(error)}",
@@ -215,9 +200,7 @@ def _read_config(folder: Path) -> Any:
 
 def _dtype_of(config: Any) -> torch.dtype | None:
     value = getattr(config, "dtype", None)
-    return (
-        getattr(torch, value) if isinstance(value, str) and value != "auto" else value
-    )
+    return getattr(torch, value) if isinstance(value, str) and value != "auto" else value
 
 
 def _trace(
@@ -242,19 +225,13 @@ def _trace(
     return program
 
 
-def _bind(
-    program: Program, found: Mapping[str, Weight], missing: Sequence[str]
-) -> list[str]:
+def _bind(program: Program, found: Mapping[str, Weight], missing: Sequence[str]) -> list[str]:
     """Put the stored weights in place of the fake ones; returns the used names for which nothing is stored."""
     lacking = set(missing)
     for name in list(program.weights):
         if name in found:
             program.weights[name] = found[name]
-    return [
-        name
-        for name, weight in program.weights.items()
-        if name in lacking or weight.is_meta
-    ]
+    return [name for name, weight in program.weights.items() if name in lacking or weight.is_meta]
 
 
 def _really_loaded(
@@ -295,9 +272,7 @@ def _really_loaded(
         source,
     )
     lacking = [
-        name
-        for name in program.weights
-        if name in set(info["missing_keys"]) | {m[0] for m in info["mismatched_keys"]}
+        name for name in program.weights if name in set(info["missing_keys"]) | {m[0] for m in info["mismatched_keys"]}
     ]
     if lacking:
         raise ImportModelError(
@@ -307,21 +282,15 @@ def _really_loaded(
     return program
 
 
-def _from_gguf(
-    file: Path, example_inputs: Any, dynamic: Dynamic, dtype: torch.dtype | None
-) -> Program:
+def _from_gguf(file: Path, example_inputs: Any, dynamic: Dynamic, dtype: torch.dtype | None) -> Program:
     transformers = import_transformers()
     try:
         with _quiet():
             stored = _gguf_types(file)
-            config = transformers.AutoConfig.from_pretrained(
-                file.parent, gguf_file=file.name
-            )
+            config = transformers.AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
             without_cache(config)
             auto = (
-                transformers.AutoModelForSeq2SeqLM
-                if config.is_encoder_decoder
-                else transformers.AutoModelForCausalLM
+                transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
             )
             model = auto.from_pretrained(
                 file.parent,
@@ -337,9 +306,7 @@ def _from_gguf(
             remedy="pip install 'graphlathe[hub]'",
         ) from error
     except Exception as error:
-        raise ImportModelError(
-            f"cannot read '{file}': {_first_line(error)}", remedy=_READ_AGAIN
-        ) from error
+        raise ImportModelError(f"cannot read '{file}': {_first_line(error)}", remedy=_READ_AGAIN) from error
     note = f"in memory: dequantized from {stored} to {str(model.dtype).removeprefix('torch.')}"
     return _trace(model.eval(), example_inputs, dynamic, note, file)
 
@@ -352,13 +319,11 @@ def _gguf_types(file: Path) -> str:
     for tensor in gguf.GGUFReader(file).tensors:
         elements[tensor.tensor_type.name] += int(tensor.n_elements)
     total = sum(elements.values())
-    return ", ".join(
-        f"{name} ({count / total:.2%})" for name, count in elements.most_common()
-    )
+    return ", ".join(f"{name} ({count / total:.2%})" for name, count in elements.most_common())
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> Generator[None]:
     """Keep the library's progress bars and advice to itself: what matters to the user is in the program's metadata."""
     from transformers.utils import logging
 
@@ -366,7 +331,8 @@ def _quiet() -> Iterator[None]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
+        # Its GGUF reader draws a bar that no setting turns off.
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -11,14 +11,15 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from ..ir.errors import ImportModelError
@@ -26,8 +27,8 @@ from ..ir.from_hub import from_hub, load_tokenizer
 from ..ir.program import Program
 from ..passes.fidelity import Drift, DriftMeter
 from ..passes.optimize import Optimized, optimize
-from .bench.base import machine_description
-from .files import write_text_atomically
+from .bench.machine import commit, describe_machine, versions
+from .files import write_atomically
 from .text_data import calibration_text, held_out_text
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 PIPELINE = "canonicalize,drop-layers{ratio=0.2}"
 WINDOW = 512
 CALIBRATION_WINDOWS = 8
-CALIBRATION_LENGTH = 256
+CALIBRATION_LENGTH = 128
 HELD_OUT_WINDOWS = 8
 TIMED_RUNS = 5
 PROMPT = "The lathe is one of the oldest machine tools. It"
@@ -140,11 +141,11 @@ def time_in_turn(
         advance()
 
 
-def continue_prompt(session: Session, tokenizer: Any, advance: Callable[[], None]) -> str:
+def continue_prompt(session: Session, tokenizer: Any, new_tokens: int, advance: Callable[[], None]) -> str:
     """Greedy continuation by whole forward passes (a step program with a cache is another pass)."""
     ids = torch.tensor(tokenizer(PROMPT)["input_ids"], dtype=torch.int64)[None]
     start = ids.shape[1]
-    for _ in range(NEW_TOKENS):
+    for _ in range(new_tokens):
         logits = session.run({"input_ids": ids})["logits"]
         ids = torch.cat([ids, logits[:, -1].argmax(-1, keepdim=True)], dim=1)
         advance()
@@ -211,6 +212,24 @@ def print_comparison(console: Console, table_rows: Sequence[tuple[str, str, str,
     console.print(table)
 
 
+class Stages:
+    """Says what is being done: a bar while it lasts (on a terminal), then a line with the seconds it took."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    @contextmanager
+    def __call__(self, label: str, total: int | None = None) -> Generator[Callable[[], None]]:
+        """A stage of ``total`` steps (None: unknown, 0: no bar); yields what is to be called after each step."""
+        start = time.perf_counter()
+        columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        hidden = total == 0 or not self.console.is_terminal
+        with Progress(*columns, console=self.console, transient=True, disable=hidden) as progress:
+            task = progress.add_task(label, total=total)
+            yield lambda: progress.advance(task)
+        self.console.print(f"{label:<56}{time.perf_counter() - start:7.1f} s", highlight=False)
+
+
 def run_demo(output: Path, quick: bool = False) -> None:
     """Run the main job and leave ``original.onnx``, ``optimised.onnx`` and ``report.json`` in ``output``.
 
@@ -224,84 +243,51 @@ def run_demo(output: Path, quick: bool = False) -> None:
     from ..runtime.onnx_file import open_onnx
 
     console = Console()
+    stage = Stages(console)
     output.mkdir(parents=True, exist_ok=True)
-    count = 1 if quick else HELD_OUT_WINDOWS
-    columns = (
-        TextColumn("{task.description:<44}"),
-        BarColumn(),
-        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-
-        def stage(label: str, total: int = 1) -> Callable[[], None]:
-            task = progress.add_task(label, total=total)
-            return lambda: progress.advance(task)
-
-        done = stage("load and trace SmolLM2-135M")
-        path = model_file()
+    held_out_windows = 1 if quick else HELD_OUT_WINDOWS
+    calibration_windows = 1 if quick else CALIBRATION_WINDOWS
+    new_tokens = 2 if quick else NEW_TOKENS
+    path = model_file()
+    with stage("load and trace SmolLM2-135M"):
         tokenizer = load_tokenizer(path)
         program = from_hub(path)
-        done()
-        calibration = [
-            {"input_ids": ids}
-            for ids in windows(
-                tokenizer,
-                calibration_text(),
-                CALIBRATION_LENGTH,
-                1 if quick else CALIBRATION_WINDOWS,
-            )
-        ]
-        done = stage(f"optimise: {PIPELINE}")
-        optimised = optimize(
-            program,
-            calibration[0],
-            passes=PIPELINE,
-            calibration=calibration,
-            progress=False,
-        )
-        done()
-        files = [output / "original.onnx", output / "optimised.onnx"]
-        done = stage("export both to ONNX", 2)
+    calibration = [
+        {"input_ids": ids} for ids in windows(tokenizer, calibration_text(), CALIBRATION_LENGTH, calibration_windows)
+    ]
+    with stage(f"optimise: {PIPELINE}", 0):
+        # Its loops draw bars of their own on a terminal.
+        optimised = optimize(program, calibration[0], passes=PIPELINE, calibration=calibration)
+    files = [output / "original.onnx", output / "optimised.onnx"]
+    with stage("export both to ONNX", 2) as done:
         for each, file in zip((program, optimised), files, strict=True):
             each.export_onnx(file)
             done()
-        measured = [static_figures(program), static_figures(optimised)]
-        done = stage("open both in ONNX Runtime", 2)
-        sessions: list[Session] = []
+    measured = [static_figures(program), static_figures(optimised)]
+    sessions: list[Session] = []
+    with stage("open both in ONNX Runtime", 2) as done:
         for file in files:
             sessions.append(open_onnx(file))
             done()
-        held_out = windows(tokenizer, held_out_text(), WINDOW, count)
-        drift = compare_on_text(
-            sessions,
-            measured,
-            held_out,
-            stage("perplexity and drift on held-out text", count),
-        )
-        time_in_turn(
-            sessions,
-            measured,
-            held_out[0],
-            stage(f"time {WINDOW}-token forward passes in turn", TIMED_RUNS),
-        )
-        done = stage("continue a prompt", 2 * NEW_TOKENS)
+    held_out = windows(tokenizer, held_out_text(), WINDOW, held_out_windows)
+    with stage("perplexity and drift on held-out text", held_out_windows) as done:
+        drift = compare_on_text(sessions, measured, held_out, done)
+    with stage(f"time {WINDOW}-token forward passes in turn", TIMED_RUNS) as done:
+        time_in_turn(sessions, measured, held_out[0], done)
+    with stage("continue a prompt with both", 2 * new_tokens) as done:
         for session, result in zip(sessions, measured, strict=True):
-            result.continuation = continue_prompt(session, tokenizer, done)
+            result.continuation = continue_prompt(session, tokenizer, new_tokens, done)
 
     comparison = rows(*measured)
     print_comparison(console, comparison, drift)
     console.print(f"[bold]{PROMPT}[/bold]", highlight=False)
     for label, result in zip(("original ", "optimised"), measured, strict=True):
-        console.print(f"  {label}: …{result.continuation.strip()}", markup=False, highlight=False)
-    report = _report(optimised, measured, comparison, drift, count)
-    write_text_atomically(output / "report.json", json.dumps(report, indent=2))
+        text = " ".join(result.continuation.split())
+        console.print(f"  {label}: …{text}", markup=False, highlight=False)
+    report = _report(optimised, measured, comparison, drift, held_out_windows)
+    write_atomically(output / "report.json", json.dumps(report, indent=2))
     console.print("Removed blocks: " + ", ".join(map(str, _removed(optimised))), highlight=False)
-    console.print(
-        f"Written: {files[0]}, {files[1]}, {output / 'report.json'}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    console.print(f"Written: {files[0]}, {files[1]}, {output / 'report.json'}", highlight=False, soft_wrap=True)
 
 
 def _removed(optimised: Optimized) -> list[int]:
@@ -332,5 +318,7 @@ def _report(
         "table": [list(row) for row in comparison],
         "plan": optimised.plan,
         "passes": json.loads(optimised.report.to_json()),
-        "machine": machine_description(),
+        "machine": describe_machine(),
+        "commit": commit(),
+        "versions": versions(),
     }
