@@ -1,4 +1,4 @@
-"""From a program to something that runs fast: `compile` and its back ends."""
+"""Choose a back end: ``compile(program, "onnxruntime", threads=4)``."""
 
 from __future__ import annotations
 
@@ -6,48 +6,56 @@ import importlib
 import inspect
 from typing import Any
 
-from ..ir.errors import InputError, suggest
+from ..ir.errors import GraphlatheError, suggest
 from ..ir.program import Program
-from .session import ProgramSession, Session
+from .session import ProgramSession
 
 BACKENDS: dict[str, str] = {
     "null": ".null_backend:NullSession",
     "onnxruntime": ".onnxruntime_backend:OnnxRuntimeSession",
     "torch": ".torch_backend:TorchSession",
 }
-"""Back end -> ``module:Session class``; its keyword arguments are the back end's options."""
+"""Name -> ``module:class`` in this folder, loaded when used. Its keyword arguments are the back end's options."""
 
 
 def compile(program: Program, backend: str = "onnxruntime", *, entry: str = "main", **options: Any) -> ProgramSession:
-    """Make a session of a program.
+    """Compile an entry of a program.
 
     Args:
         program: the program.
-        backend: ``onnxruntime`` (in memory, see `OnnxRuntimeSession`), ``torch`` (the graph as generated code, see
-            `TorchSession`), or ``null`` (checks everything, computes nothing, see `NullSession`).
+        backend: ``"onnxruntime"``, ``"torch"``, or ``"null"`` (checks everything and computes nothing).
         entry: which entry.
-        options: the back end's own.
+        options: the back end's own, see its session class.
 
     Raises:
-        InputError: no such back end or option.
-        ExportError: the program cannot be expressed in what the back end runs.
+        GraphlatheError: the back end, the entry or an option is unknown, or the back end's package is missing.
+        ExportError: the program cannot be exported to what the back end runs.
     """
     if backend not in BACKENDS:
-        raise InputError(
-            f"unknown back end '{backend}'{suggest(backend, list(BACKENDS))}", expected=f"one of: {', '.join(BACKENDS)}"
+        raise GraphlatheError(
+            f"unknown backend '{backend}'{suggest(backend, list(BACKENDS))}", expected=f"one of: {', '.join(BACKENDS)}"
         )
     if entry not in program.entries:
-        raise InputError(f"the program has no entry '{entry}'", expected=f"one of: {', '.join(program.entries)}")
+        raise GraphlatheError(
+            f"no entry '{entry}'{suggest(entry, list(program.entries))}",
+            expected=f"one of: {', '.join(program.entries)}",
+        )
     module, _, name = BACKENDS[backend].partition(":")
-    cls: type[ProgramSession] = getattr(importlib.import_module(module, __package__), name)
-    known = [p.name for p in inspect.signature(cls).parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    session = getattr(importlib.import_module(module, __package__), name)
+    check_options(backend, session, options)
+    return session(program, entry, **options)
+
+
+def check_options(backend: str, session: type[Any], options: dict[str, Any]) -> None:
+    """Refuse options that the session class does not have.
+
+    Raises:
+        GraphlatheError: one is unknown.
+    """
+    known = [p.name for p in inspect.signature(session).parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
     for option in options:
         if option not in known:
-            raise InputError(
-                f"the back end '{backend}' has no option '{option}'{suggest(option, known)}",
-                expected=f"options: {', '.join(known) or 'none'}",
+            raise GraphlatheError(
+                f"backend '{backend}' has no option '{option}'{suggest(option, known)}",
+                expected=f"options: {', '.join(known)}",
             )
-    return cls(program, entry, **options)
-
-
-__all__ = ["BACKENDS", "ProgramSession", "Session", "compile"]

@@ -1,63 +1,59 @@
-"""The torch back end: the graph as generated Python code, weights shared with the program."""
+"""PyTorch itself: the graph as a module over the program's own weights, through ``torch.compile`` if asked."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import fx, nn
 
-from ..ir.execute import subgraph_module
-from ..ir.program import Entry, Program, copy_graph
+from ..ir.entry_module import EntryModule
+from ..ir.errors import GraphlatheError
+from ..ir.program import Program
 from .session import ProgramSession
 
 
-def graph_module(program: Program, entry: Entry, device: torch.device | str = "cpu") -> fx.GraphModule:
-    """An entry as a ``GraphModule``: inputs in the entry's order, a tuple of outputs; weights are attributes ``w0``...
-
-    Weights on the CPU are views of the program's own storage.
-    """
-    graph = copy_graph(entry.graph)
-    root: dict[str, Any] = {}
-    for number, node in enumerate(graph.find_nodes(op="get_attr")):
-        name = str(node.target)
-        if name in program.subgraphs:
-            root[name] = subgraph_module(name, program.subgraphs, program.weights).to(device)
-            continue
-        # A buffer, not a parameter: nothing here is trained. Short names cannot collide with each other's prefixes.
-        node.target = f"w{number}"
-        root[node.target] = program.weights[name].tensor().to(device)
-    module = fx.GraphModule(root, graph, class_name="Program")
-    return module.eval()
-
-
 class TorchSession(ProgramSession):
-    """Runs the graph in PyTorch.
+    """Runs the graph's generated code.
 
     Args:
-        program: the program.
+        program: the program. On the CPU its weights are shared, elsewhere they are copied once.
         entry: which entry.
-        device: where weights and inputs live.
-        inductor: whether to compile with ``torch.compile`` (minutes at the first run).
+        compile: whether to go through ``torch.compile``; compilation happens at the first call.
+        device: where to run; inputs are moved there, outputs stay there.
+
+    Raises:
+        GraphlatheError: the device does not exist, or a weight has no numbers.
     """
 
-    def __init__(self, program: Program, entry: str = "main", *, device: str = "cpu", inductor: bool = False) -> None:
+    def __init__(self, program: Program, entry: str, *, compile: bool = False, device: str = "cpu") -> None:
         super().__init__(program, entry)
-        self.device = torch.device(device)
-        module: nn.Module = graph_module(program, self.entry, self.device)
-        self._call: Callable[..., Any] = torch.compile(module, dynamic=True) if inductor else module
+        try:
+            self.device = torch.device(device)
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise GraphlatheError(
+                f"no device '{device}': {str(error).splitlines()[0]}", remedy="device='cpu' always works"
+            ) from error
+        module = EntryModule(program, self.entry).body.to(self.device)
+        # Constants that creation operators place on the traced device would clash with inputs on another one.
+        if self.device.type != "cpu":
+            _move_creation(module, self.device)
+        self._call: Any = torch.compile(module, dynamic=True) if compile else module
 
-    def compute(self, feeds: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -> dict[str, Any]:
-        """Run the generated code."""
+    def _execute(self, feeds: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -> dict[str, Any]:
         with torch.no_grad():
-            values = self._call(*(feeds[name].to(self.device) for name in self.inputs))
-        return dict(zip(self.outputs, values, strict=True))
+            values = self._call(*[value.to(self.device) for value in feeds.values()])
+        return {n: v for n, v in zip(self.entry.outputs, values, strict=True) if v is not None}
 
     def close(self) -> None:
-        """Let go of the weights."""
-        self._call = _closed
+        """Free the module; weights live on as long as the program does."""
+        self._call = None
+        super().close()
 
 
-def _closed(*_: Any) -> Any:
-    raise RuntimeError("the session is closed")
+def _move_creation(module: torch.fx.GraphModule, device: torch.device) -> None:
+    for node in module.graph.nodes:
+        if isinstance(node.kwargs.get("device"), torch.device):
+            node.kwargs = {**node.kwargs, "device": device}
+    module.recompile()

@@ -8,48 +8,16 @@ from __future__ import annotations
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
 import onnx_ir as ir
 import torch
-from torch import fx, nn
 
+from ..entry_module import EntryModule
 from ..errors import ExportError
-from ..execute import subgraph_module
 from ..program import Entry, Program
-
-
-class EntryModule(nn.Module):
-    """An entry as a module: weights under their own dotted names, inputs as positional parameters."""
-
-    def __init__(self, program: Program, entry: Entry) -> None:
-        super().__init__()
-        graph = fx.Graph()
-        env: dict[fx.Node, fx.Node] = {}
-        for node in entry.graph.nodes:
-            env[node] = graph.node_copy(node, env.__getitem__)
-        for node in graph.find_nodes(op="get_attr"):
-            name = str(node.target)
-            if name in program.subgraphs:
-                self.add_module(name, subgraph_module(name, program.subgraphs, program.weights))
-            else:
-                _attach(self, name, program.weights[name].tensor())
-        self.body = fx.GraphModule(self, graph)
-
-    def forward(self, *inputs: Any) -> Any:
-        """Run the graph."""
-        return self.body(*inputs)
-
-
-def _attach(root: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    *path, leaf = name.split(".")
-    for step in path:
-        if step not in root._modules:
-            root.add_module(step, nn.Module())
-        root = root.get_submodule(step)
-    root.register_buffer(leaf, tensor)
 
 
 def stock_model(program: Program, entry: Entry, opset: int) -> ir.Model:
@@ -58,7 +26,7 @@ def stock_model(program: Program, entry: Entry, opset: int) -> ir.Model:
     Raises:
         ExportError: the stock exporter cannot export it either.
     """
-    module = EntryModule(program, entry).body
+    module = EntryModule(program, entry)
     examples, shapes = [], []
     for name, node in zip(entry.inputs, entry.placeholders, strict=True):
         value = node.meta.get("val")
@@ -70,7 +38,7 @@ def stock_model(program: Program, entry: Entry, opset: int) -> ir.Model:
     outputs = [name for name, value in zip(entry.outputs, entry.output_values, strict=True) if value is not None]
     try:
         with _quiet(), torch.no_grad():
-            exported = torch.export.export(module, tuple(examples), dynamic_shapes=tuple(shapes), strict=False)
+            exported = torch.export.export(module.body, tuple(examples), dynamic_shapes=tuple(shapes), strict=False)
             result = torch.onnx.export(
                 exported,
                 (),
@@ -83,8 +51,15 @@ def stock_model(program: Program, entry: Entry, opset: int) -> ir.Model:
     except Exception as error:
         raise ExportError(f"the stock exporter fails: {_reason(error)}") from error
     assert result is not None
+    _rename_weights(result.model, module.weight_names)
     _rename_dims(result.model, entry)
     return result.model
+
+
+def _rename_weights(model: ir.Model, names: Mapping[str, str]) -> None:
+    for value in list(model.graph.initializers.values()):
+        if value.name in names:
+            value.name = names[value.name]
 
 
 def _rename_dims(model: ir.Model, entry: Entry) -> None:

@@ -28,7 +28,8 @@ def promoted(node: fx.Node) -> dict[int | str, torch.dtype]:
     leaves = [_value(leaf) for leaf in pytree.tree_leaves((node.args, dict(node.kwargs)))]
     dtypes = {leaf.dtype for leaf in leaves if isinstance(leaf, torch.Tensor)}
     result = node.meta.get("val")
-    if len(dtypes) == 1 and isinstance(result, torch.Tensor) and result.dtype in dtypes:
+    symbolic = any(isinstance(leaf, (torch.SymInt, torch.SymFloat, torch.SymBool)) for leaf in leaves)
+    if len(dtypes) == 1 and not symbolic and isinstance(result, torch.Tensor) and result.dtype in dtypes:
         return {}
     rule = _rules().get_rule(target.overloadpacket)
     if rule is None or not dtypes:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import onnx
 import onnx_ir as ir
+import torch
 
 from ..errors import ExportError
 from ..weights import FileSource
@@ -28,6 +29,12 @@ INLINE_LIMIT = (2 << 30) - (1 << 20)
 ALIGNMENT = 4096
 # Smaller weights stay in the file: shape inference may need their numbers.
 SMALL_BYTES = 1024
+
+# Element types that a runtime can take from a tensor in place.
+SHARABLE = frozenset(
+    {torch.float32, torch.float64, torch.float16, torch.bfloat16}
+    | {torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.bool}
+)
 
 # Field number and wire type 2 (length-delimited), as in onnx.proto.
 _MODEL_GRAPH = bytes([7 << 3 | 2])
@@ -64,9 +71,13 @@ class Layout:
     Args:
         model: the model; its initializers' numbers are not read before they are written.
         data_name: the name of the data file beside the model that large weights go to; None keeps all inside.
+        goes_out: which of the large weights go there; default all.
     """
 
-    def __init__(self, model: ir.Model, data_name: str | None) -> None:
+    def __init__(
+        self, model: ir.Model, data_name: str | None, goes_out: Callable[[Any], bool] = lambda tensor: True
+    ) -> None:
+        self.goes_out = goes_out
         self.external: list[tuple[int, Any]] = []
         self.external_size = 0
         pieces = [self._piece(name, value.const_value, data_name) for name, value in model.graph.initializers.items()]
@@ -80,7 +91,7 @@ class Layout:
     def _piece(self, name: str, tensor: Any, data_name: str | None) -> _Piece:
         proto = onnx.TensorProto(name=name, data_type=int(tensor.dtype), dims=[int(d) for d in tensor.shape])
         nbytes = int(tensor.nbytes)
-        if data_name is None or nbytes < SMALL_BYTES:
+        if data_name is None or nbytes < SMALL_BYTES or not self.goes_out(tensor):
             return _Piece(proto.SerializeToString(), tensor, nbytes)
         offset = -(-self.external_size // ALIGNMENT) * ALIGNMENT
         proto.data_location = onnx.TensorProto.EXTERNAL
@@ -142,6 +153,15 @@ def to_bytes(model: ir.Model) -> bytes:
             remedy="write it to a file",
         )
     return b"".join(layout.chunks())
+
+
+def in_memory(model: ir.Model) -> tuple[bytes, dict[str, torch.Tensor]]:
+    """The graph as bytes, and its large weights as tensors that a runtime may share; no weight is copied to bytes."""
+    layout = Layout(
+        model, "weights", lambda tensor: isinstance(tensor, WeightTensor) and tensor.weight.dtype in SHARABLE
+    )
+    tensors = {str(tensor.name): tensor.weight.tensor() for _, tensor in layout.external}
+    return b"".join(layout.chunks()), tensors
 
 
 def write(model: ir.Model, path: Path, external_data: bool | None = None) -> Path:
