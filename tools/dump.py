@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,10 +46,10 @@ def dump_to(path: Path, options: DumpOptions, output: Path | None) -> None:
     rendered = render(load(path), options, title=path.name or str(path))
     if output is not None:
         write_atomically(output, to_text(rendered))
-    elif isinstance(rendered, str):
-        print(rendered, end="")
-    else:
+    elif sys.stdout.isatty() and not isinstance(rendered, str):
         console().print(rendered)
+    else:
+        print(to_text(rendered), end="")
 
 
 def render(program: Program, options: DumpOptions, title: str = "program") -> str | RenderableType:

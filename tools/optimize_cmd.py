@@ -12,7 +12,7 @@ from .console import console, size
 from .examples import example_feeds
 from .files import check_writable, write_atomically
 from .sizes import parse_sizes
-from .tokens import calibration_feeds
+from .tokens import calibration_feeds, check_calibration
 
 if TYPE_CHECKING:
     from ..passes.pipeline import Pipeline
@@ -48,6 +48,7 @@ def optimize_file(path: Path, options: OptimizeOptions) -> None:
     pipeline = parse_pipeline(options.pipeline)
     _check_names(pipeline, options)
     _check_outputs(options)
+    check_calibration(options.calibration, options.tokenizer, path)
     program = load(path)
     calibration = calibration_feeds(
         options.calibration,

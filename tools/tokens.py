@@ -16,6 +16,7 @@ from ..ir.errors import GraphlatheError, ImportModelError, InputError
 from ..ir.program import Program
 from .examples import example_feeds, index_bound, token_input
 
+_ARRAYS = (".npz", ".npy", ".safetensors")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "spiece.model", "tokenizer.model")
 
 
@@ -184,6 +185,20 @@ def load_arrays(path: Path) -> dict[str, Tensor]:
     )
 
 
+def check_calibration(paths: tuple[Path, ...], tokenizer: Path | None, model: Path) -> None:
+    """Say what is missing before a large model is loaded.
+
+    Raises:
+        InputError: a file is missing.
+        ImportModelError: there is text, but no tokenizer.
+    """
+    for path in paths:
+        if not path.is_file():
+            raise InputError(f"no calibration file '{path}'", remedy="check the path")
+        if path.suffix not in _ARRAYS and model.exists():
+            find_tokenizer(tokenizer, model)
+
+
 def calibration_feeds(
     paths: tuple[Path, ...], program: Program, *, tokenizer: Path | None, model: Path, window: int, windows: int
 ) -> list[dict[str, Tensor]]:
@@ -195,7 +210,7 @@ def calibration_feeds(
     """
     batches: list[dict[str, Tensor]] = []
     for path in paths:
-        if path.suffix in (".npz", ".npy", ".safetensors"):
+        if path.suffix in _ARRAYS:
             arrays = load_arrays(path)
             if path.suffix == ".npy" and len(program.main.inputs) == 1:
                 arrays = {program.main.inputs[0]: arrays["array"]}
