@@ -210,6 +210,13 @@ class Flow:
                 leaves.append((add, operand))
         return leaves
 
+    def addition_of(self, node: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """The addition that a value with one reader goes into, through casts and copies, and its operand there."""
+        user = self.users(node)[0]
+        while op_name(user) not in ADDS:
+            node, user = user, self.users(user)[0]
+        return user, node
+
     def peel_once(self, node: fx.Node) -> fx.Node | None:
         """One step of `peel`; None at the bottom."""
         if op_name(node) in _SAME_VALUE and node.args and isinstance(node.args[0], fx.Node):

@@ -12,8 +12,9 @@ from collections.abc import Collection, Sequence
 from torch import fx
 
 from .branches import is_depthwise, kernel_shape
+from .chains import Chain
 from .flow import Flow, op_name
-from .residual import Chain, Unit
+from .residual import Unit
 
 Skeleton = tuple[str, ...]
 

@@ -3,9 +3,9 @@
 A program imported from ONNX has no module names, so nothing here reads one. The steps, each linear in the graph:
 
 1. `ir.flow`: which values depend on the inputs' contents, ancestry, dominators.
-2. `ir.residual`: residual units (an addition one operand of which is an ancestor of others), and the chains that
-   they form along immediate dominators. Everything that enters from outside (another stack's output, masks, positions)
-   is free, so each stack of an encoder-decoder, or tower of a multimodal model, is a chain of its own.
+2. `ir.residual`: residual units (an addition one operand of which is an ancestor of others). `ir.chains`: the chains
+   that they form along immediate dominators. Everything that enters from outside (another stack's output, masks,
+   positions) is free, so each stack of an encoder-decoder, or tower of a multimodal model, is a chain of its own.
 3. `ir.sequential`: in convolutional networks, the blocks between them that have no addition.
 4. `ir.branches`: what each branch is.
 5. `ir.blocks`: which units make a block.
@@ -28,12 +28,13 @@ from torch import fx
 
 from .blocks import Labelled, group, letter_of, settle_tails
 from .branches import Verdict, classify
+from .chains import find_chains
 from .dims import Dims
 from .errors import GraphlatheError, suggest
-from .flow import ADDS, Flow, op_name, tensor_of
+from .flow import Flow, tensor_of
 from .isomorphism import Hasher
 from .program import Program
-from .residual import Candidate, Unit, find_chains, find_units
+from .residual import Candidate, Unit, find_units
 from .sequential import join
 
 
@@ -196,14 +197,12 @@ def _merge(flow: Flow, unit: Unit, verdicts: list[Verdict]) -> list[Verdict]:
         if same is None:
             return verdicts
         i, j = same
-        output = unit.leaves[i][0]
-        added = [output]
-        while op_name(user := flow.users(added[-1])[0]) not in ADDS:
-            added.append(user)
-        nodes = sorted({*unit.nodes[i], *unit.nodes[j], *added}, key=flow.position.__getitem__)
+        inner = unit.leaves[i][0]
+        add, output = flow.addition_of(inner)
+        nodes = sorted({*unit.nodes[i], *unit.nodes[j], inner, output}, key=flow.position.__getitem__)
         why = f"{verdicts[i].why}, plus {verdicts[j].why}"
         merged = Verdict(verdicts[i].kind, why, verdicts[i].cross and verdicts[j].cross)
-        unit.leaves[i], unit.nodes[i], verdicts[i] = (user, added[-1]), nodes, merged
+        unit.leaves[i], unit.nodes[i], verdicts[i] = (add, output), nodes, merged
         del unit.leaves[j], unit.nodes[j], verdicts[j]
 
 
