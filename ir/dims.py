@@ -96,26 +96,41 @@ class Dims:
     ) -> None:
         """Bind the symbols of one input's declared shape to an actual shape, checking what is already bound.
 
+        A size such as ``2*S`` binds S too. One that has several symbols is checked when all of them are bound: bind all
+        inputs twice.
+
         Raises:
             InputError: wrong rank, a static size differs, or one dimension gets two sizes.
         """
-        wanted = "[" + ", ".join(self.format(d) for d in declared) + "]"
         if len(declared) != len(actual):
-            raise InputError(f"input '{name}' has shape {list(actual)}", expected=f"rank {len(declared)}: {wanted}")
+            raise InputError(
+                f"input '{name}' has shape {list(actual)}", expected=f"rank {len(declared)}: {self._shape(declared)}"
+            )
         for axis, (want, got) in enumerate(zip(declared, actual, strict=True)):
             expr = size_expr(want)
             if isinstance(expr, sympy.Symbol) and expr not in sizes:
                 sizes[expr] = int(got)
                 continue
             value: Any = expr.xreplace({s: sympy.Integer(v) for s, v in sizes.items()})
-            if not value.free_symbols and int(value) != int(got):
+            unbound = value.free_symbols
+            if len(unbound) == 1 and (factor := value.diff(symbol := next(iter(unbound)))).is_Integer:
+                solution = (int(got) - value.xreplace({symbol: sympy.Integer(0)})) / factor
+                fits = bool(solution.is_Integer)
+                if fits:
+                    sizes[symbol] = int(solution)
+            else:
+                fits = bool(unbound) or int(value) == int(got)
+            if not fits:
                 raise InputError(
                     f"input '{name}' has size {int(got)} in dimension {axis}",
                     expected=f"{self.format(want)}"
-                    + (f" = {int(value)}" if expr.free_symbols else "")
-                    + f", of shape {wanted}",
+                    + (f" = {int(value)}" if expr.free_symbols and not unbound else "")
+                    + f", of shape {self._shape(declared)}",
                     remedy="pass inputs of that size, or trace again with this dimension dynamic",
                 )
+
+    def _shape(self, declared: torch.Size | tuple[Size, ...]) -> str:
+        return "[" + ", ".join(self.format(d) for d in declared) + "]"
 
     def check(self, sizes: Mapping[sympy.Symbol, int]) -> None:
         """Check ranges and guards.

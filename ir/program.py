@@ -263,20 +263,26 @@ class Program:
             InputError: something in the call is outside the signature.
         """
         target = self.entries[entry]
-        sizes: dict[Any, int] = {}
-        for name, node in zip(target.inputs, target.placeholders, strict=True):
-            spec, value = spec_of(name, node), feeds[name]
-            if spec.dtype is None:
-                continue
+        if set(feeds) != set(target.inputs):
+            missing = [name for name in target.inputs if name not in feeds]
+            unknown = [name for name in feeds if name not in target.inputs]
+            what = f"missing input {missing[0]!r}" if missing else f"unknown input {unknown[0]!r}"
+            raise InputError(what, expected=f"inputs: {', '.join(target.inputs)}")
+        specs = [spec_of(name, node) for name, node in zip(target.inputs, target.placeholders, strict=True)]
+        specs = [spec for spec in specs if spec.dtype is not None]
+        for spec in specs:
+            value = feeds[spec.name]
             if not isinstance(value, torch.Tensor):
-                raise InputError(f"input '{name}' is a {type(value).__name__}", expected=f"a {spec.dtype} tensor")
+                raise InputError(f"input '{spec.name}' is a {type(value).__name__}", expected=f"a {spec.dtype} tensor")
             if value.dtype != spec.dtype:
                 raise InputError(
-                    f"input '{name}' has dtype {value.dtype}",
+                    f"input '{spec.name}' has dtype {value.dtype}",
                     expected=str(spec.dtype),
                     remedy=f"convert it with .to({spec.dtype})",
                 )
-            target.dims.bind(name, spec.shape, value.shape, sizes)
+        sizes: dict[Any, int] = {}
+        for spec in [*specs, *specs]:  # twice: an input may have a size such as A + B of sizes that others have
+            target.dims.bind(spec.name, spec.shape, feeds[spec.name].shape, sizes)
         target.dims.check(sizes)
         return {dim.name: sizes[dim.symbol] for dim in target.dims.by_name.values() if dim.symbol in sizes}
 

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-from .errors import VerifyError
+from .errors import GraphlatheError, VerifyError
 from .infer import fake_weight, infer
 from .program import MADE_BY, ORIGIN, Entry, Program
 from .weights import Weight
@@ -38,9 +38,12 @@ class Rewriter:
         self.program = program
         self.made_by = made_by
         self.entry_name = entry
+        if entry not in program.graphs:
+            raise VerifyError(f"no graph '{entry}'", pass_name=made_by, expected=f"one of {', '.join(program.graphs)}")
         self.graph: fx.Graph = program.graphs[entry]
         self.mutations = 0
         self._weights: dict[str, fx.Node] | None = None
+        self._foreign = 0  # mutations of the program by others, when the weights' nodes were looked up
 
     def _mutated(self, kind: str, node: fx.Node) -> None:
         """Count one change: ``create``, ``replace``, ``change`` (of arguments), ``erase`` or ``weight``."""
@@ -86,7 +89,11 @@ class Rewriter:
             VerifyError: the operator refuses arguments of these shapes and dtypes.
         """
         node = self.graph.call_function(target, args, kwargs)
-        node.meta["val"] = like.meta["val"] if same_value and like is not None else infer(self.program, node)
+        try:
+            node.meta["val"] = like.meta["val"] if same_value and like is not None else infer(self.program, node)
+        except GraphlatheError:
+            self.graph.erase_node(node)  # a refused attempt leaves nothing behind
+            raise
         node.meta[MADE_BY] = self.made_by
         source = like or next((a for a in node.all_input_nodes if a.meta.get(ORIGIN)), None)
         if source is not None and source.meta.get(ORIGIN):
@@ -99,27 +106,45 @@ class Rewriter:
 
         A new node goes to the top of the graph, so that it may be used anywhere.
         """
-        if self._weights is None:
-            self._weights = {str(n.target): n for n in self.graph.find_nodes(op="get_attr")}
-        changed = weight is not None and self.program.weights.get(name) is not weight
+        known = self._weight_nodes()
+        old = self.program.weights.get(name)
+        changed = weight is not None and old is not weight
         if weight is not None:
             self.program.weights[name] = weight
         elif name not in self.program.weights:
             raise VerifyError(f"no weight '{name}' in the program", pass_name=self.made_by)
-        node = self._weights.get(name)
+        node = known.get(name)
         if node is None:
             anchor = next(n for n in self.graph.nodes if n.op != "placeholder")
             with self.graph.inserting_before(anchor):
                 node = self.graph.create_node("get_attr", name)
             node.meta[ORIGIN] = name.rpartition(".")[0]
             node.meta[MADE_BY] = self.made_by
-            self._weights[name] = node
+            node.meta["val"] = fake_weight(self.program, self.program.weights[name])
+            known[name] = node
             self._mutated("create", node)
         if changed:
+            self._set_type(name, old)
             self._mutated("weight", node)
-        if weight is not None or "val" not in node.meta:
-            node.meta["val"] = fake_weight(self.program, self.program.weights[name])
         return node
+
+    def _weight_nodes(self) -> dict[str, fx.Node]:
+        """This graph's weight nodes by name, looked up again when somebody else has changed the program."""
+        foreign = self.program.mutations - self.mutations
+        if self._weights is None or foreign != self._foreign:
+            self._weights = {str(n.target): n for n in self.graph.find_nodes(op="get_attr")}
+            self._foreign = foreign
+        return self._weights
+
+    def _set_type(self, name: str, old: Weight | None) -> None:
+        """Give every node that reads a changed weight its new type, in all graphs."""
+        new = self.program.weights[name]
+        if old is not None and (old.shape, old.dtype) == (new.shape, new.dtype):
+            return
+        for graph in self.program.graphs.values():
+            for node in graph.find_nodes(op="get_attr"):
+                if node.target == name:
+                    node.meta["val"] = fake_weight(self.program, new)
 
     def fresh_weight_name(self, base: str) -> str:
         """A weight name that is not taken: ``base``, or ``base_2``, ``base_3``..."""
@@ -132,13 +157,25 @@ class Rewriter:
     def replace(self, node: fx.Node, new: fx.Node, *, erase: bool = True) -> None:
         """Let every user of ``node`` use ``new`` instead, and erase ``node`` if nothing needs it any more.
 
+        What ``new`` itself is computed from keeps reading ``node``: a value may be replaced by a function of it.
+
         Raises:
-            VerifyError: the two values differ in dtype or rank.
+            VerifyError: the two values differ in dtype or rank, or ``new`` is computed after a user of ``node``.
         """
         check_same_type(node, new, self.made_by)
         if not new.meta.get(ORIGIN) and node.meta.get(ORIGIN):
             new.meta[ORIGIN] = node.meta[ORIGIN]
-        users = [u for u in node.users if u is not new]
+        kept = _between(node, new)
+        users = [u for u in node.users if u not in kept]
+        for user in users:
+            if user < new:
+                raise VerifyError(
+                    f"%{new.name} cannot stand for it: its user %{user.name} comes before that",
+                    pass_name=self.made_by,
+                    node=node.name,
+                    origin=node.meta.get(ORIGIN),
+                    remedy="create the new value before the first user",
+                )
         for user in users:
             user.replace_input_with(node, new)
         self._mutated("replace", node)
@@ -160,11 +197,20 @@ class Rewriter:
         self._mutated("replace", user)
 
     def set_args(self, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> None:
-        """Give a node other arguments and infer its value again."""
+        """Give a node other arguments and infer its value again; the types of its users are not inferred again.
+
+        Raises:
+            VerifyError: the operator refuses them; the node keeps its old ones then.
+        """
+        old = node.args, node.kwargs
         node.args = tuple(args)
         if kwargs is not None:
             node.kwargs = kwargs
-        node.meta["val"] = infer(self.program, node)
+        try:
+            node.meta["val"] = infer(self.program, node)
+        except GraphlatheError:
+            node.args, node.kwargs = old
+            raise
         self._mutated("change", node)
 
     def add_output(self, name: str, node: fx.Node) -> None:
@@ -209,6 +255,18 @@ class Rewriter:
                 self.erase(node)
                 erased += 1
         return erased
+
+
+def _between(node: fx.Node, new: fx.Node) -> set[fx.Node]:
+    """``new`` and what it is computed from, as far as that comes after ``node``."""
+    found = {new}
+    stack = [new] if node < new else []
+    while stack:
+        for operand in stack.pop().all_input_nodes:
+            if operand not in found and node < operand:
+                found.add(operand)
+                stack.append(operand)
+    return found
 
 
 def has_effect(node: fx.Node) -> bool:

@@ -1,9 +1,9 @@
 """Lazy weights: an immutable expression over a source, materialised only when its numbers are needed.
 
-A weight is ``source + steps``: a tensor in memory, a byte range of a file (read by memory map), or nothing at all (meta: shape
-and dtype only), followed by slices, selections, permutations, reshapes, casts and scalings. Weights are values: a
-pass that cuts a weight makes a new expression over the same source, so that programs share storage until the numbers
-really differ, and a model larger than memory can be cut and exported.
+A weight is ``source + steps``: a tensor in memory, a byte range of a file (read by memory map), or nothing at all
+(meta: shape and dtype only), followed by slices, selections, permutations, reshapes, casts and scalings. Weights are
+values: a pass that cuts a weight makes a new expression over the same source, so that programs share storage until the
+numbers really differ, and a model larger than memory can be cut and exported.
 """
 
 from __future__ import annotations
@@ -32,10 +32,18 @@ class Source(Protocol):
     """Where a weight's numbers come from."""
 
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the whole."""
+        ...
+
     @property
-    def dtype(self) -> torch.dtype: ...
-    def load(self) -> torch.Tensor: ...
+    def dtype(self) -> torch.dtype:
+        """The element type."""
+        ...
+
+    def load(self) -> torch.Tensor:
+        """The numbers; a view where possible."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,13 +54,16 @@ class TensorSource:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The tensor's shape."""
         return tuple(self.tensor.shape)
 
     @property
     def dtype(self) -> torch.dtype:
+        """The tensor's element type."""
         return self.tensor.dtype
 
     def load(self) -> torch.Tensor:
+        """The tensor itself."""
         return self.tensor
 
 
@@ -137,6 +148,11 @@ class MetaSource:
     dtype: torch.dtype
 
     def load(self) -> torch.Tensor:
+        """There are no numbers.
+
+        Raises:
+            GraphlatheError: always.
+        """
         raise GraphlatheError(
             f"a weight of shape {list(self.shape)} has no numbers: the model was traced on the meta device",
             remedy="load the checkpoint itself to run, calibrate or export it",
@@ -156,6 +172,7 @@ class RandomSource:
     dtype: torch.dtype
 
     def load(self) -> torch.Tensor:
+        """The numbers, drawn anew at every call."""
         seed = int.from_bytes(hashlib.blake2b(self.name.encode(), digest_size=7).digest(), "little")
         generator = torch.Generator().manual_seed(seed)
         if not (self.dtype.is_floating_point or self.dtype.is_complex):
