@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
@@ -31,8 +31,8 @@ app = typer.Typer(
 )
 
 # The command line's own library is vendored by newer versions of Typer: reach its classes through a name that stays.
-_UsageError = typer.BadParameter.__mro__[1]
-_ClickException = typer.BadParameter.__mro__[2]
+_UsageError = cast("type[Exception]", typer.BadParameter.__mro__[1])
+_ClickException = cast("type[Exception]", typer.BadParameter.__mro__[2])
 _INTERRUPTED = 130
 
 

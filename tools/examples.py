@@ -114,7 +114,8 @@ def token_input(program: Program) -> str | None:
     """The input that holds token ids: of the integer inputs of rank 2 that index a table, the first."""
     for name, node in zip(program.main.inputs, program.main.placeholders, strict=True):
         value = node.meta.get("val")
-        integer = isinstance(value, Tensor) and not value.dtype.is_floating_point and value.dtype is not torch.bool
-        if integer and value.dim() == 2 and index_bound(node) is not None:
+        if not isinstance(value, Tensor) or not _is_integer(node) or value.dtype is torch.bool:
+            continue
+        if value.dim() == 2 and index_bound(node) is not None:
             return name
     return None

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 
 from ..ir.errors import InputError, suggest
+from ..ir.from_hub import load_tokenizer
 from ..ir.program import Program
 from .console import console, duration, new_table
 from .describe import dtype_text
 from .examples import example_feeds
 from .files import check_writable, write_atomically
 from .sizes import parse_sizes
-from .tokens import encode, find_tokenizer, load_arrays, load_tokenizer, token_feeds
+from .tokens import encode, find_tokenizer, load_arrays, token_feeds
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def make_feeds(program: Program, path: Path, options: RunOptions) -> dict[str, A
         feeds.update(given)
     if options.text is not None:
         feeds.update(_read_inputs(program, options.inputs))
-    feeds = program.feeds(**feeds)
+    feeds = program.feeds(entry="main", **feeds)
     program.check_feeds(feeds)
     return feeds
 
@@ -120,7 +121,8 @@ def _summary(value: Any) -> tuple[str, str, str, str, str]:
     if not value.numel():
         return dtype_text(value.dtype), shape, "", "", ""
     numbers = value.double() if not value.is_complex() else value.abs().double()
-    return dtype_text(value.dtype), shape, *(f"{float(f):.5g}" for f in (numbers.min(), numbers.mean(), numbers.max()))
+    low, mean, high = (f"{float(f):.5g}" for f in (numbers.min(), numbers.mean(), numbers.max()))
+    return dtype_text(value.dtype), shape, low, mean, high
 
 
 def _save(outputs: dict[str, Any], path: Path) -> None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ir.errors import GraphlatheError, ImportModelError, InputError
+from ..ir.from_hub import load_tokenizer
 from ..ir.program import Program
 from .examples import example_feeds, index_bound, token_input
 
@@ -37,43 +35,10 @@ def find_tokenizer(given: Path | None, model: Path) -> Path:
     raise ImportModelError(f"'{model}' brings no tokenizer", remedy="name a folder or GGUF file with --tokenizer")
 
 
-def load_tokenizer(path: Path) -> Any:
-    """A tokenizer from a folder or a GGUF file, without any network.
-
-    Raises:
-        ImportModelError: transformers is missing, or it cannot read the tokenizer.
-    """
-    try:
-        from transformers import AutoTokenizer
-    except ImportError as error:
-        raise ImportModelError("tokenizers need transformers", remedy="pip install 'graphlathe[hub]'") from error
-    folder, options = path, {}
-    gguf = path if path.suffix == ".gguf" else next(iter(sorted(path.glob("*.gguf"))), None) if path.is_dir() else None
-    if gguf is not None and not any((gguf.parent / name).exists() for name in _TOKENIZER_FILES):
-        folder, options = gguf.parent, {"gguf_file": gguf.name}
-    elif gguf is path:
-        folder = path.parent
-    try:
-        with _quiet():
-            return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, **options)
-    except Exception as error:
-        raise ImportModelError(
-            f"cannot read a tokenizer from '{path}': {' '.join(str(error).split())[:200]}",
-            remedy="name a folder or GGUF file with a tokenizer with --tokenizer",
-        ) from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep a library's progress bars and advice off the terminal."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        yield
-
-
 def encode(tokenizer: Any, text: str) -> list[int]:
     """Token ids of a text, without special tokens."""
-    with _quiet():
-        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    # Not `verbose`: a text longer than the model's context is no mistake, it is cut into windows.
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def read_text(path: Path) -> str:
@@ -214,7 +179,7 @@ def calibration_feeds(
             arrays = load_arrays(path)
             if path.suffix == ".npy" and len(program.main.inputs) == 1:
                 arrays = {program.main.inputs[0]: arrays["array"]}
-            feeds = program.feeds(**arrays)
+            feeds = program.feeds(entry="main", **arrays)
             program.check_feeds(feeds)
             batches.append(feeds)
         else:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -157,7 +157,7 @@ def _finite(value: Any) -> Any:
 
 
 @contextmanager
-def registered(suite: Suite) -> Iterator[None]:
+def registered(suite: Suite) -> Generator[None]:
     """Add a suite for the length of a ``with`` block (for tests and notebooks)."""
     _registered[suite.name] = suite
     try:

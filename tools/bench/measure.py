@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -161,7 +161,7 @@ class Peak:
 
 
 @contextmanager
-def peak_memory() -> Iterator[Peak]:
+def peak_memory() -> Generator[Peak]:
     """Record the highest resident memory of the phase in the ``with`` block."""
     _return_free_memory()
     before = rss_bytes()
