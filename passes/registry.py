@@ -68,7 +68,14 @@ def get(name: str) -> type[Pass]:
         raise PipelineError(f"unknown pass '{name}'{suggest(name, names())}", expected=f"one of: {', '.join(names())}")
     module, _, attribute = where.partition(":")
     package = __package__ if module.startswith(".") else None
-    cls = getattr(importlib.import_module(module, package), attribute)
+    try:
+        cls = getattr(importlib.import_module(module, package), attribute)
+    except (ImportError, AttributeError) as error:
+        if name in BUILTIN:
+            raise  # ours is broken, which a traceback explains better
+        raise PipelineError(
+            f"the plugin pass '{name}' ({where}) cannot be loaded: {error}", remedy="reinstall or remove the plugin"
+        ) from error
     if not (isinstance(cls, type) and issubclass(cls, Pass)) or cls.name != name:
         raise PipelineError(f"the pass '{name}' is registered as {where}, which is not a Pass of that name")
     return cls

@@ -78,7 +78,7 @@ def test_an_exact_pass_is_measured(program: Program) -> None:
 
 
 def test_a_pass_that_lies_is_caught(program: Program) -> None:
-    with pytest.raises(PostconditionError, match="test-liar: it promises equal outputs, but 'output' differs by 1.25"):
+    with pytest.raises(PostconditionError, match=r"test-liar: .* equal outputs, but 'output' differs by 1\.25"):
         run(program, Liar())
 
 

@@ -14,7 +14,7 @@ from graphlathe.ir.verify import verify
 from graphlathe.passes.base import Context
 from graphlathe.passes.canonical.canonicalize import Canonicalize
 from tests.passes.rewriting import assert_same_outputs, operators, rewritten
-from tests.zoo_programs import SAMPLE, over_zoo, traced
+from tests.zoo_programs import over_zoo, traced
 
 HEAD = (
     "program @main(%x: f32[B, 4], %y: f32[B, 4], %i: i64[B, 4], %m: bool[B, 4]) -> (%out) {\n  dim B = 2 in [1, inf]\n"
@@ -96,7 +96,7 @@ def test_golden(golden: Callable[[str, str], None]) -> None:
     golden("passes/canonicalize", program_.to_text())
 
 
-@over_zoo(quick=SAMPLE)
+@over_zoo(quick=("llama", "bert", "plain_resnet"))
 def test_zoo(name: str) -> None:
     from graphlathe.tools import zoo
 

@@ -1,0 +1,209 @@
+"""Laws that every registered pass keeps, and that nothing about one is missing: file, registry line, golden, docs."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Sequence
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from graphlathe.ir.errors import PipelineError, PreconditionError
+from graphlathe.ir.program import Program
+from graphlathe.ir.verify import relative_error, verify
+from graphlathe.passes import registry
+from graphlathe.passes.base import Batch, Context, Effect, Pass, option_type, options_of
+from graphlathe.passes.contract import BUDGETS
+from graphlathe.passes.manager import PassManager
+from graphlathe.tools import zoo
+from tests.zoo_programs import traced, zoo_parameters
+
+ROOT = Path(__file__).parents[2]
+NAMES = sorted(registry.BUILTIN)
+QUICK = ("llama", "plain_resnet")
+# Settings for passes whose defaults are no complete set of options.
+SETTINGS: dict[str, dict[str, Any]] = {"drop-layers": {"ratio": 0.4}}
+
+
+def pass_of(name: str) -> Pass:
+    return registry.get(name)(**SETTINGS.get(name, {}))
+
+
+def inputs_of(name: str) -> tuple[Program, Batch, Sequence[Batch]]:
+    """A zoo program, an example for it, and calibration data of another size."""
+    model, program = zoo.get(name), traced(name)
+    example = program.feeds(**model.example())
+    return program, example, [program.feeds(**model.inputs(sizes)) for sizes in model.unseen_sizes]
+
+
+@pytest.mark.parametrize("name", zoo_parameters(quick=QUICK))
+def test_every_pass_on_every_model(name: str) -> None:
+    """Runs or says why not; verifies at level 2; keeps its promise (the manager raises otherwise)."""
+    program, example, calibration = inputs_of(name)
+    ran = 0
+    for pass_name in NAMES:
+        manager = PassManager(pass_of(pass_name), feeds=example, calibration=calibration, verify=2)
+        try:
+            after, report = manager.run(program)
+        except PreconditionError as error:
+            assert error.pass_name == pass_name
+            assert error.remedy or error.expected
+            continue
+        ran += 1
+        row = report.rows[-1]
+        assert row.unchecked is None
+        assert (row.drift is not None) == (row.effect is Effect.APPROXIMATE)
+        if row.effect is Effect.EXACT:
+            assert row.error is not None
+            for batch in calibration:  # sizes that neither tracing nor the manager saw
+                verify(after, 3, reference=program, feeds=[batch], pass_name=pass_name)
+    assert ran >= len([n for n in NAMES if registry.get(n).effect is Effect.EXACT])
+
+
+@pytest.mark.parametrize("pass_name", [n for n in NAMES if registry.get(n).neutral() is not None])
+@pytest.mark.parametrize("name", zoo_parameters(["llama", "gpt_neox", "bert", "t5"], quick=QUICK))
+def test_neutral_settings_change_nothing(pass_name: str, name: str) -> None:
+    program, example, calibration = inputs_of(name)
+    neutral = registry.get(pass_name).neutral()
+    assert neutral is not None
+    after, _ = PassManager(neutral, feeds=example, calibration=calibration, verify=2).run(program)
+    for batch in (example, *calibration):
+        assert relative_error(after.run(batch), program.run(batch)) == 0.0
+
+
+@pytest.mark.parametrize("pass_name", [n for n in NAMES if registry.get(n).planted() is not None])
+def test_what_is_planted_is_found(pass_name: str, golden: Callable[[str, str], None]) -> None:
+    case = registry.get(pass_name).planted()
+    assert case is not None
+    program = case.program.clone()
+    context = Context(calibration=case.calibration)
+    case.settings.check(program, context)
+    stats = case.settings.run(program, context)
+    assert case.found(program, stats)
+    golden(f"passes/{pass_name}", program.to_text())
+
+
+def test_every_pass_that_chooses_declares_both_laws() -> None:
+    for name in NAMES:
+        cls = registry.get(name)
+        if cls.effect is Effect.APPROXIMATE:
+            assert cls.neutral() is not None, name
+            assert cls.planted() is not None, name
+            assert cls.paper, name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_pass_is_a_documented_frozen_value(name: str) -> None:
+    cls = registry.get(name)
+    assert cls.name == name == name.lower()
+    assert dataclasses.is_dataclass(cls)
+    assert cls.__doc__
+    assert not cls.__doc__.startswith(cls.__name__ + "(")  # what dataclasses write when nobody does
+    module = importlib.import_module(cls.__module__)
+    assert module.__doc__
+    pass_ = pass_of(name)
+    hash(pass_)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        pass_.name = "x"  # type: ignore[misc]
+    for spec in options_of(cls):
+        assert spec.metadata["help"]
+        option_type(cls, spec.name)
+    assert {f.name for f in dataclasses.fields(cls)} == {f.name for f in options_of(cls)}
+
+
+def test_every_pass_file_is_registered_and_every_entry_has_its_file_and_test() -> None:
+    registered = {where.partition(":")[0].removeprefix(".").replace(".", "/") for where in registry.BUILTIN.values()}
+    found = set()
+    for path in (ROOT / "passes").rglob("*.py"):
+        if path.parent == ROOT / "passes" or path.name == "__init__.py":
+            continue
+        if "(Pass):" in path.read_text(encoding="utf-8"):
+            found.add(path.relative_to(ROOT / "passes").with_suffix("").as_posix())
+    assert found == registered
+    for where in registered:
+        test = ROOT / "tests" / "passes" / Path(where).parent / f"test_{Path(where).name}.py"
+        assert test.exists(), f"no {test.relative_to(ROOT)}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_pass_has_a_golden(name: str) -> None:
+    assert (ROOT / "tests" / "goldens" / "passes" / f"{name}.txt").exists(), "see CONTRIBUTING: a pass's golden test"
+
+
+def test_the_catalogue_in_the_docs_is_up_to_date() -> None:
+    from graphlathe.passes.catalogue import markdown
+
+    text = (ROOT / "docs" / "passes.md").read_text(encoding="utf-8")
+    assert text == markdown(NAMES), "run: graphlathe passes --markdown > docs/passes.md"
+
+
+def test_passes_are_attributes_of_the_package() -> None:
+    from graphlathe import passes
+
+    for name in NAMES:
+        cls = registry.get(name)
+        assert getattr(passes, cls.__name__) is cls
+        assert cls.__name__ in dir(passes)
+    with pytest.raises(AttributeError, match="no pass or name 'Nothing'"):
+        _ = passes.Nothing
+
+
+def test_a_taken_name_is_refused() -> None:
+    with pytest.raises(PipelineError, match="'cse' is taken"):
+
+        @registry.register
+        @dataclasses.dataclass(frozen=True, kw_only=True)
+        class Mine(Pass):
+            name = "cse"
+
+    with pytest.raises(PipelineError, match="has no name"):
+        registry.register(Pass)
+
+
+class Plugins:
+    def __init__(self, *points: tuple[str, str]) -> None:
+        self.points = [EntryPoint(name, value, registry.ENTRY_POINT_GROUP) for name, value in points]
+
+    def __call__(self, group: str) -> list[EntryPoint]:
+        assert group == registry.ENTRY_POINT_GROUP
+        return self.points
+
+
+@pytest.fixture
+def plugins(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def install(*points: tuple[str, str]) -> None:
+        registry._plugins.cache_clear()
+        monkeypatch.setattr(registry, "entry_points", Plugins(*points))
+
+    yield install
+    monkeypatch.undo()
+    registry._plugins.cache_clear()
+
+
+def test_third_parties_add_passes_by_entry_point(plugins: Any) -> None:
+    plugins(("test-counter", "tests.passes.example_passes:Counter"))
+    assert "test-counter" in registry.names()
+    from tests.passes.example_passes import Counter
+
+    assert registry.get("test-counter") is Counter
+
+
+def test_a_plugin_that_clashes_or_lies_is_an_error(plugins: Any) -> None:
+    plugins(("cse", "tests.passes.example_passes:Counter"))
+    with pytest.raises(PipelineError, match="two packages provide the pass 'cse'"):
+        registry.names()
+    plugins(("other-name", "tests.passes.example_passes:Counter"))
+    with pytest.raises(PipelineError, match="not a Pass of that name"):
+        registry.get("other-name")
+    plugins(("gone", "tests.passes.example_passes:Gone"))
+    with pytest.raises(PipelineError, match="cannot be loaded"):
+        registry.get("gone")
+
+
+def test_budget_names_are_documented() -> None:
+    from graphlathe.passes.optimize import optimize
+
+    assert all(f"``{name}``" in (optimize.__doc__ or "") for name in BUDGETS)
