@@ -1,11 +1,12 @@
 """Read an ONNX file: the graph, and its initializers as lazy weights.
 
-External data is mapped, never copied, and only from inside the model's own folder: a path that leads out of it is an
-error, not a read of somebody's files.
+Weights are mapped, never copied, whether they lie in the file or beside it; and beside it only inside the model's own
+folder: a path that leads out of it is an error, not a read of somebody's files.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from ..errors import ImportModelError
 from ..weights import Weight
 from .registry import FIRST_OPSET
+from .wire import read_without_weights
 
 DTYPES: dict[int, torch.dtype] = {
     1: torch.float32,
@@ -73,7 +75,8 @@ def read_model(path: Path) -> OnnxModel:
     if not path.is_file():
         raise ImportModelError(f"no file '{path}'")
     try:
-        proto = onnx.load(str(path), load_external_data=False)
+        message, places = read_without_weights(path)
+        proto = onnx.load_model_from_string(message)
     except Exception as error:
         raise ImportModelError(
             f"cannot read '{path}': {type(error).__name__}: {error}",
@@ -98,7 +101,12 @@ def read_model(path: Path) -> OnnxModel:
     if proto.graph.sparse_initializer:
         raise ImportModelError(f"'{path}' holds sparse initializers", expected="dense ones")
     folder = path.absolute().parent
-    weights = {tensor.name: tensor_weight(tensor, folder) for tensor in proto.graph.initializer}
+    weights: dict[str, Weight] = {}
+    for tensor in proto.graph.initializer:
+        if tensor.name in places:
+            weights[tensor.name] = _embedded(tensor, path, *places[tensor.name])
+        else:
+            weights[tensor.name] = tensor_weight(tensor, folder)
     return OnnxModel(proto, opset, weights, path.name)
 
 
@@ -114,12 +122,7 @@ def tensor_weight(tensor: Any, folder: Path | None) -> Weight:
     """
     import onnx
 
-    dtype, shape = DTYPES.get(tensor.data_type), tuple(tensor.dims)
-    if dtype is None:
-        kind = onnx.TensorProto.DataType.Name(tensor.data_type)
-        raise ImportModelError(
-            f"initializer '{tensor.name}' has the element type {kind}", expected="a type that torch has"
-        )
+    dtype, shape = _type_of(tensor)
     if tensor.data_location == onnx.TensorProto.EXTERNAL:
         return _external(tensor, dtype, shape, folder)
     if not tensor.HasField("raw_data"):
@@ -128,19 +131,38 @@ def tensor_weight(tensor: Any, folder: Path | None) -> Weight:
             return Weight.from_tensor(torch.from_numpy(array.view(f"u{dtype.itemsize}").copy()).view(dtype))
         return Weight.from_tensor(torch.from_numpy(array.copy()).reshape(shape))
     raw = tensor.raw_data
-    numel = 1
-    for size in shape:
-        numel *= size
-    if len(raw) != numel * dtype.itemsize:
-        raise ImportModelError(
-            f"initializer '{tensor.name}' has {len(raw)} bytes",
-            expected=f"{numel * dtype.itemsize} for {dtype} {list(shape)}",
-        )
+    if len(raw) != math.prod(shape) * dtype.itemsize:
+        raise _wrong_length(tensor.name, len(raw), dtype, shape)
     if not raw:
         return Weight.from_tensor(torch.empty(shape, dtype=dtype))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the bytes are read-only, and so are weights
         return Weight.from_tensor(torch.frombuffer(raw, dtype=dtype).reshape(shape))
+
+
+def _type_of(tensor: Any) -> tuple[torch.dtype, tuple[int, ...]]:
+    import onnx
+
+    dtype = DTYPES.get(tensor.data_type)
+    if dtype is None:
+        kind = onnx.TensorProto.DataType.Name(tensor.data_type)
+        raise ImportModelError(
+            f"initializer '{tensor.name}' has the element type {kind}", expected="a type that torch has"
+        )
+    return dtype, tuple(tensor.dims)
+
+
+def _wrong_length(name: str, length: int, dtype: torch.dtype, shape: tuple[int, ...]) -> ImportModelError:
+    wanted = math.prod(shape) * dtype.itemsize
+    return ImportModelError(f"initializer '{name}' has {length} bytes", expected=f"{wanted} for {dtype} {list(shape)}")
+
+
+def _embedded(tensor: Any, path: Path, offset: int, length: int) -> Weight:
+    """A weight inside the model file itself."""
+    dtype, shape = _type_of(tensor)
+    if length != math.prod(shape) * dtype.itemsize:
+        raise _wrong_length(tensor.name, length, dtype, shape)
+    return Weight.from_file(path, offset, shape, dtype)
 
 
 def _external(tensor: Any, dtype: torch.dtype, shape: tuple[int, ...], folder: Path | None) -> Weight:
@@ -165,9 +187,7 @@ def _external(tensor: Any, dtype: torch.dtype, shape: tuple[int, ...], folder: P
     weight = Weight.from_file(path, int(entries.get("offset", 0)), shape, dtype)
     length = int(entries.get("length", weight.nbytes))
     if length != weight.nbytes:
-        raise ImportModelError(
-            f"initializer '{tensor.name}' has {length} bytes", expected=f"{weight.nbytes} for {dtype} {list(shape)}"
-        )
+        raise _wrong_length(tensor.name, length, dtype, shape)
     end = int(entries.get("offset", 0)) + weight.nbytes
     if path.stat().st_size < end:
         raise ImportModelError(

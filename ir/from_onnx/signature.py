@@ -74,7 +74,7 @@ def fitting(recorded: Recorded, tries: Sequence[dict[str, int]], fixed: Mapping[
         return list(tries)
     names = list(tries[0])
     symbols = {name: sympy.Symbol(name, integer=True, positive=True) for name in names}
-    guards = [Guard(expr) for expr in _parsed(recorded, symbols) if expr.free_symbols]
+    guards = [Guard(expr) for expr in _parsed(recorded, symbols) if expr != sympy.true]
 
     def allowed(sizes: Mapping[str, int]) -> bool:
         for name, (low, high) in recorded.ranges.items():
@@ -113,7 +113,7 @@ def restore(program: Program, recorded: Recorded) -> None:
             dims[name] = replace(old, min=max(low, old.min), max=min(highs) if highs else None)
     symbols = {name: dim.symbol for name, dim in dims.items()}
     known = {str(guard.expr) for guard in entry.dims.guards}
-    guards = [Guard(e) for e in _parsed(recorded, symbols) if e.free_symbols and str(e) not in known]
+    guards = [Guard(e) for e in _parsed(recorded, symbols) if e != sympy.true and str(e) not in known]
     entry.dims = Dims(dims, (*entry.dims.guards, *guards))
     if recorded.data.get("pipeline"):
         program.history = [recorded.data["pipeline"]]

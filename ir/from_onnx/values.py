@@ -7,10 +7,13 @@ size. Host numbers become a tensor only when a real tensor operator consumes the
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..weights import Weight
 
@@ -86,14 +89,19 @@ class Stored:
 Value = torch.Tensor | Host | Stored | None
 
 
-def host_of(weight: Weight, name: str) -> Host:
-    """Read a scalar or vector initializer's numbers (a short one: this is for shapes, axes and scalars).
+@contextmanager
+def outside_the_trace() -> Iterator[None]:
+    """Real tensors for a moment: the walk runs under a tracer that makes every tensor fake and records what it does."""
+    with _disable_current_modes(), torch._C.DisableTorchFunction():
+        yield
 
-    Fake tensors and tracing are all around during the walk; numbers are read through numpy, outside of both.
-    """
+
+def host_of(weight: Weight, name: str) -> Host:
+    """Read a scalar or vector initializer's numbers (a short one: this is for shapes, axes and scalars)."""
     import numpy as np
 
-    raw = b"".join(bytes(piece) for piece in weight.chunks())
+    with outside_the_trace():
+        raw = b"".join(bytes(piece) for piece in weight.chunks())
     if weight.dtype == torch.bfloat16:
         numbers = (np.frombuffer(raw, dtype="<u2").astype("<u4") << 16).view("<f4")
     else:

@@ -19,7 +19,7 @@ from ..weights import Weight
 from . import elementwise, host, indexing, layers, reduce, shape  # noqa: F401 - they fill the registry
 from .model_file import DTYPES, OnnxModel, tensor_weight
 from .registry import Operator, find, find_host
-from .values import Host, Stored, Value, host_of, starts_on_host
+from .values import Host, Stored, Value, host_of, outside_the_trace, starts_on_host
 
 _STANDARD = ("", "ai.onnx")
 
@@ -278,8 +278,8 @@ def attribute_value(attribute: Any) -> Any:
     import onnx
 
     if attribute.type == onnx.AttributeProto.TENSOR:
-        weight = tensor_weight(attribute.t, None)
-        return host_of(weight, "").unnamed()
+        with outside_the_trace():
+            return host_of(tensor_weight(attribute.t, None), "").unnamed()
     value = onnx.helper.get_attribute_value(attribute)
     return value.decode() if isinstance(value, bytes) else value
 

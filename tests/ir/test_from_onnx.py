@@ -339,6 +339,40 @@ def test_sizes_that_become_data(tmp_path: Path) -> None:
     _check(model, tmp_path, {"x": _numbers(3, 2)}, {"x": _numbers(7, 2)})
 
 
+def test_known_vectors_that_become_data(tmp_path: Path) -> None:
+    """Numbers that only the host ever had become a constant of the program when an operator consumes them."""
+    nodes = [
+        oh.make_node("Concat", ["a", "b"], ["ab"], axis=0),
+        oh.make_node("Mul", ["ab", "two"], ["twice"]),
+        oh.make_node("Add", ["x", "twice"], ["y"]),
+        oh.make_node("Slice", ["twice", "one", "last"], ["middle"]),
+        oh.make_node("Mul", ["x", "middle"], ["z"]),
+    ]
+    constants = {"a": [3, -1], "b": [5], "one": [1], "last": [2], "two": [2]}
+    arrays = {name: np.array(value, np.int64) for name, value in constants.items()}
+    program = _check(
+        _model(nodes, [("x", I, ["N", 3])], ["y", "z"], arrays), tmp_path, {"x": torch.arange(6).reshape(2, 3)}
+    )
+    assert not any(weight.is_meta for weight in program.weights.values())
+
+
+def test_long_vectors_and_attributes_are_read_when_a_shape_needs_them(tmp_path: Path) -> None:
+    """A vector too long for the host at first, of each kind of storage, and a tensor attribute."""
+    fill = nh.from_array(np.array([2.5], np.float32), "fill")
+    nodes = [
+        oh.make_node("Split", ["x", "sizes"], [f"part{i}" for i in range(70)], axis=1),
+        oh.make_node("Shape", ["part3"], ["shape"]),
+        oh.make_node("ConstantOfShape", ["shape"], ["same"], value=fill),
+        oh.make_node("Add", ["part3", "same"], ["y"]),
+    ]
+    sizes = np.arange(70, dtype=np.int64)
+    model = _model(nodes, [("x", F, ["N", int(sizes.sum())])], ["y"], {"sizes": sizes})
+    _check(model, tmp_path, {"x": _numbers(2, int(sizes.sum()))})
+    del model.graph.initializer[:]
+    model.graph.initializer.append(oh.make_tensor("sizes", I, [70], sizes.tolist()))
+    _check(model, tmp_path, {"x": _numbers(2, int(sizes.sum()))})
+
+
 def test_choice_by_size_becomes_a_guard(tmp_path: Path) -> None:
     """``Where`` on a comparison of sizes is decided once; sizes that decide otherwise are refused."""
     nodes = [
@@ -602,3 +636,60 @@ def test_foreign_export(tmp_path: Path) -> None:
             expected = module(**inputs).logits
         (actual,) = program.run(inputs).values()
         assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_embedded_weights_stay_in_the_file(tmp_path: Path) -> None:
+    """Large raw data is mapped from the model file itself, at whatever offset, next to small and typed data."""
+    torch.manual_seed(0)
+    arrays = {
+        "big": np.random.default_rng(0).normal(size=(64, 65)).astype(np.float32),
+        "small": np.ones((65, 3), np.float32),
+    }
+    nodes = [oh.make_node("MatMul", ["x", "big"], ["h"]), oh.make_node("MatMul", ["h", "small"], ["g"])]
+    nodes.append(oh.make_node("Add", ["g", "typed"], ["y"]))
+    model = _model(nodes, [("x", F, [2000, 64])], ["y"], arrays)
+    typed = np.linspace(0, 1, 3 * 2000, dtype=np.float32).reshape(2000, 3)
+    model.graph.initializer.append(oh.make_tensor("typed", F, [2000, 3], typed.flatten().tolist()))
+    program = _check(model, tmp_path, {"x": _numbers(2000, 64)})
+    assert isinstance(program.weights["big"].source, FileSource)
+    assert program.weights["big"].source.path.name == "model.onnx"
+    for name, value in {**arrays, "typed": typed}.items():
+        assert torch.equal(program.weights[name].tensor(), torch.from_numpy(value))
+
+
+def test_embedded_weight_of_a_wrong_length(tmp_path: Path) -> None:
+    model = _model([oh.make_node("Add", ["x", "w"], ["y"])], [("x", F, ["N", 2000])], ["y"])
+    model.graph.initializer.append(onnx.TensorProto(name="w", data_type=F, dims=[2000], raw_data=bytes(7996)))
+    with pytest.raises(ImportModelError, match="'w' has 7996 bytes"):
+        _import(model, tmp_path)
+
+
+@pytest.mark.parametrize("keep", [1, 3, 500, 9_000, -1])
+def test_every_truncation_is_noticed(keep: int, tmp_path: Path) -> None:
+    model = _model(
+        [oh.make_node("Add", ["x", "w"], ["y"])], [("x", F, ["N", 4000])], ["y"], {"w": np.ones(4000, np.float32)}
+    )
+    _import(model, tmp_path)
+    path = tmp_path / "model.onnx"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ImportModelError, match="truncated"):
+        from_onnx(path)
+
+
+def test_recorded_guards_choose_sizes_and_are_checked(tmp_path: Path) -> None:
+    """Guards that our export wrote come back: they pick the example's sizes, and refuse what they exclude."""
+    model = _model([oh.make_node("Relu", ["x"], ["y"])], [("x", F, ["B", "S"])], ["y"])
+    model.metadata_props.add(key="graphlathe.guards", value="S % 48 == 0\n2 <= B <= 9\nB + 40 < S")
+    program = _import(model, tmp_path)
+    assert program.main.dims.by_name["S"].hint % 48 == 0
+    assert (program.main.dims.by_name["B"].min, program.main.dims.by_name["B"].max) == (2, 9)
+    assert program.run({"x": _numbers(3, 96)})["y"].shape == (3, 96)
+    for shape in ((3, 50), (1, 48), (8, 48)):
+        with pytest.raises(InputError):
+            program.run({"x": _numbers(*shape)})
+    model.metadata_props[0].value = "S == 2*S"
+    with pytest.raises(ImportModelError, match="no sizes were found"):
+        _import(model, tmp_path)
+    model.metadata_props[0].value = "__import__('os')"
+    with pytest.raises(ImportModelError, match="cannot be read"):
+        _import(model, tmp_path)
