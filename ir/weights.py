@@ -400,7 +400,10 @@ class Weight:
         """The row-major bytes, materialised."""
         if not self.numel:
             return np.empty(0, dtype=np.uint8)
-        return self.tensor().contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
+        flat = self.tensor().reshape(-1)
+        if flat.stride(0) != 1:  # `contiguous` would keep the stride of a single element, with which `view` fails
+            flat = flat.clone(memory_format=torch.contiguous_format)
+        return flat.view(torch.uint8).cpu().numpy()
 
 
 def _is_fake(tensor: torch.Tensor) -> bool:
