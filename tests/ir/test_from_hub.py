@@ -324,6 +324,10 @@ def test_lacking_and_misshapen_weights(tmp_path: Path) -> None:
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(ImportModelError, match=r"lacks weights.*'model\.norm\.weight'"):
         from_hub(tmp_path)
+    tensors["model.norm.weight"] = torch.ones(7)
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ImportModelError, match="cannot load"):
+        from_hub(tmp_path)
 
 
 def test_quantized_checkpoint(tmp_path: Path) -> None:

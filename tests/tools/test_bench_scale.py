@@ -1,4 +1,4 @@
-"""The suite ``scale``: its sparse checkpoint is a true one, its path is right at a small size, and it checks the disk."""
+"""The suite ``scale``: its sparse checkpoint is a true one, its path is right when small, and it checks the disk."""
 
 from __future__ import annotations
 
