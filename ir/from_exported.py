@@ -33,6 +33,7 @@ def leaf_names(argument: str, value: Any) -> list[str]:
 
 
 def key_text(key: Any) -> str:
+    """One step of a path into a nested structure as text: a key, a field's name, or an index."""
     for attribute in ("key", "name", "idx"):
         if hasattr(key, attribute):
             return str(getattr(key, attribute))
@@ -46,7 +47,8 @@ def from_exported(
 
     Args:
         exported: what `torch.export` returned (training or inference dialect).
-        names: name and minimum of dynamic dimensions, by (input name, axis); others are called after their input and axis.
+        names: name and minimum of dynamic dimensions, by (input name, axis); others are called after
+            their input and axis.
 
     Raises:
         ImportModelError: it holds something that a program cannot.
@@ -240,10 +242,9 @@ def _identifier(name: str) -> str:
 def _storage_key(tensor: torch.Tensor) -> Any:
     if tensor.device.type == "meta" or tensor.numel() == 0:
         return None
-    if isinstance(tensor, FakeTensor):  # no data, but a storage object of its own
-        pointer = tensor.untyped_storage()._cdata
-    else:
-        pointer = tensor.untyped_storage().data_ptr()
+    storage = tensor.untyped_storage()
+    # A fake tensor has no data, but a storage object of its own.
+    pointer = storage._cdata if isinstance(tensor, FakeTensor) else storage.data_ptr()
     return (
         (pointer, tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
         if pointer

@@ -187,7 +187,7 @@ def _named_dims(arguments: list[str], values: list[Any], dynamic: Dynamic) -> di
 
 
 def _widen(value: Any, argument: str, named: Mapping[tuple[str, int], Any]) -> Any:
-    """Repeat the example along dynamic axes of size 1: tracing takes 0 and 1 for constants, and numbers do not matter."""
+    """Repeat the example along dynamic axes of size 1: 0 and 1 count as constants, and numbers do not matter."""
     names = iter(leaf_names(argument, value))
 
     def widen(leaf: Any) -> Any:
@@ -251,7 +251,7 @@ def _trace_error(model: torch.nn.Module, error: Exception) -> ImportModelError:
         )
     return ImportModelError(
         f"cannot trace {type(model).__name__}: {type(error).__name__}: {first}",
-        remedy="torch.export must be able to capture the model: remove data-dependent Python control flow, or trace a part of it",
+        remedy="torch.export must be able to capture it: remove Python control flow on data, or trace a part of the model",
     )
 
 

@@ -54,9 +54,7 @@ def fake_parameters(mode: FakeTensorMode) -> Iterator[None]:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 
-def fake_parameter(
-    mode: FakeTensorMode, shape: Any, dtype: torch.dtype
-) -> nn.Parameter:
+def fake_parameter(mode: FakeTensorMode, shape: Any, dtype: torch.dtype) -> nn.Parameter:
     """A parameter with shape and dtype, and no storage."""
     with mode:
         return nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
@@ -78,8 +76,10 @@ def architecture_class(config: Any) -> type[Any]:
     cls = getattr(transformers, named[0], None)
     if not isinstance(cls, type):
         raise ImportModelError(
-            f"transformers {transformers.__version__} has no architecture '{named[0]}'{suggest(named[0], dir(transformers))}",
-            remedy="install a version that has it; models with code of their own are not run (trace the module yourself with graphlathe.trace)",
+            f"transformers {transformers.__version__} has no architecture '{named[0]}'"
+            + suggest(named[0], dir(transformers)),
+            remedy="install a version that has it; models with code of their own are not run "
+            "(trace the module yourself with graphlathe.trace)",
         )
     return cls
 
@@ -106,9 +106,7 @@ def build_model(config: Any, dtype: torch.dtype) -> Any:
             model = cls._from_config(config, dtype=dtype)
             model.tie_weights()  # part of the initialization that was left out
     except Exception as error:
-        raise ImportModelError(
-            f"cannot build {cls.__name__}: {type(error).__name__}: {error}"
-        ) from error
+        raise ImportModelError(f"cannot build {cls.__name__}: {type(error).__name__}: {error}") from error
     _keep_in_float32(model, mode, dtype)
     return model.eval()
 
@@ -122,14 +120,10 @@ def _keep_in_float32(model: Any, mode: FakeTensorMode, dtype: torch.dtype) -> No
     for name, parameter in list(model.named_parameters()):
         if pattern.search(name):
             owner, _, leaf = name.rpartition(".")
-            model.get_submodule(owner)._parameters[leaf] = fake_parameter(
-                mode, parameter.shape, torch.float32
-            )
+            model.get_submodule(owner)._parameters[leaf] = fake_parameter(mode, parameter.shape, torch.float32)
 
 
-def match_weights(
-    model: Any, stored: Mapping[str, Weight]
-) -> tuple[dict[str, Weight], list[str]]:
+def match_weights(model: Any, stored: Mapping[str, Weight]) -> tuple[dict[str, Weight], list[str]]:
     """Find the model's parameters and persistent buffers among the stored tensors.
 
     Returns:
@@ -150,9 +144,7 @@ def match_weights(
     found: dict[str, Weight] = {}
     computed: set[str] = set()
     for key, weight in stored.items():
-        name, converter = rename_source_key(
-            key, renamings, converters, model.base_model_prefix, state
-        )
+        name, converter = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
         if name not in state and key in state:
             name = key
         if converter is not None:
@@ -185,18 +177,12 @@ def untie_where_different(model: nn.Module, found: Mapping[str, Weight]) -> list
     untied: list[str] = []
     for first, *others in tied_names(model):
         for name in others:
-            if (
-                first in found
-                and name in found
-                and not same_bytes(found[first], found[name])
-            ):
+            if first in found and name in found and not same_bytes(found[first], found[name]):
                 owner, _, leaf = name.rpartition(".")
                 module = model.get_submodule(owner)
                 old = module._parameters[leaf]
                 assert isinstance(old, FakeTensor)
-                module._parameters[leaf] = fake_parameter(
-                    old.fake_mode, old.shape, old.dtype
-                )
+                module._parameters[leaf] = fake_parameter(old.fake_mode, old.shape, old.dtype)
                 untied.append(name)
     return untied
 

@@ -59,18 +59,14 @@ def read_header(path: Path) -> dict[str, Weight]:
         start = file.read(8)
         length = int.from_bytes(start, "little")
         if len(start) < 8 or length > _HEADER_LIMIT_BYTES:
-            raise ImportModelError(
-                f"'{path}' is no safetensors file", expected="an 8-byte header length"
-            )
+            raise ImportModelError(f"'{path}' is no safetensors file", expected="an 8-byte header length")
         raw = file.read(length)
     if len(raw) < length:
         raise _truncated(path, size, 8 + length)
     try:
         header: dict[str, Any] = json.loads(raw)
     except ValueError as error:
-        raise ImportModelError(
-            f"'{path}' is no safetensors file: its header is not JSON ({error})"
-        ) from error
+        raise ImportModelError(f"'{path}' is no safetensors file: its header is not JSON ({error})") from error
     header.pop("__metadata__", None)
     base = 8 + length
     weights: dict[str, Weight] = {}
@@ -122,9 +118,7 @@ def read_checkpoint(folder: Path) -> dict[str, Weight]:
     try:
         names: Mapping[str, str] = json.loads(index.read_text())["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ImportModelError(
-            f"'{index}' cannot be read: {error!r}", expected='JSON with a "weight_map"'
-        ) from error
+        raise ImportModelError(f"'{index}' cannot be read: {error!r}", expected='JSON with a "weight_map"') from error
     shards: dict[str, dict[str, Weight]] = {}
     for name, shard in names.items():
         if shard in shards:
@@ -144,9 +138,7 @@ def read_checkpoint(folder: Path) -> dict[str, Weight]:
     weights: dict[str, Weight] = {}
     for name, shard in names.items():
         if name not in shards[shard]:
-            raise ImportModelError(
-                f"'{index.name}' places '{name}' in '{shard}', which does not hold it"
-            )
+            raise ImportModelError(f"'{index.name}' places '{name}' in '{shard}', which does not hold it")
         weights[name] = shards[shard][name]
     return weights
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from graphlathe.ir.from_torch import trace
 from graphlathe.ir.program import Program
 from graphlathe.tools import zoo

@@ -135,7 +135,7 @@ class DropLayers(Pass):
             chosen.append(min(left, key=lambda unit: scores[unit.index]))
         if self.ratio is None and not self._fits(program, chosen):
             raise PreconditionError(
-                f"the target is out of reach: {self._size(program, chosen):,} are left with all {len(chosen)} units removed",
+                f"the target is out of reach: {self._size(program, chosen):,} are left without all {len(chosen)} units",
                 pass_name=self.name,
                 expected=f"at most {self.target_params or self.target_bytes:,}",
             )

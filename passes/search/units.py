@@ -1,7 +1,8 @@
 """What can be dropped: units of a residual stream, each written as 'this value is replaced by that earlier one'.
 
 A block is dropped by reading the stream after it from before it; a branch, by reading the sum that it was added to
-from the other operand. So every unit is one replacement, which can be tried without rewriting (`ir.execute`, ``alias``).
+from the other operand. So every unit is one replacement, which can be tried without rewriting (``alias`` of
+`ir.execute`).
 """
 
 from __future__ import annotations
