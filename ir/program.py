@@ -241,7 +241,7 @@ class Program:
                 raise InputError(f"'{name}' holds {len(leaves)} tensors", expected=f"{len(ports)}: {', '.join(ports)}")
             for port, leaf in zip(ports, leaves, strict=True):
                 if port in given:
-                    raise InputError(f"input '{port}' is given twice")
+                    raise InputError(f"input '{port}' is given twice", expected="one value for each input")
                 given[port] = leaf
         for pair in target.state:
             if pair.input not in given and pair.initial is not None:
