@@ -251,7 +251,7 @@ def _trace_error(model: torch.nn.Module, error: Exception) -> ImportModelError:
         )
     return ImportModelError(
         f"cannot trace {type(model).__name__}: {type(error).__name__}: {first}",
-        remedy="torch.export must be able to capture it: remove Python control flow on data, or trace a part of the model",
+        remedy="torch.export must be able to capture it: remove control flow on data, or trace a part of the model",
     )
 
 
