@@ -64,7 +64,31 @@ _WHERE = {
 }
 _MODULES = ("passes", "kernels")
 
-__all__ = ["__version__", *_MODULES, *_WHERE]
+__all__ = [
+    "Effect",
+    "ExportError",
+    "GraphlatheError",
+    "ImportModelError",
+    "InputError",
+    "Pass",
+    "PipelineError",
+    "PostconditionError",
+    "PreconditionError",
+    "Program",
+    "Rule",
+    "UnsupportedOpError",
+    "VerifyError",
+    "__version__",
+    "compile",
+    "kernels",
+    "load",
+    "optimize",
+    "option",
+    "passes",
+    "register",
+    "structure",
+    "trace",
+]
 
 
 def __getattr__(name: str) -> Any:

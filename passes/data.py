@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.utils._pytree as pytree
 
 from ..ir.errors import InputError
 from ..ir.program import Program
@@ -65,4 +66,4 @@ def calibration_batches(program: Program, calibration: Iterable[Any] | None) -> 
 
 def _tensors(value: Any) -> Any:
     """Arrays as tensors, through nested structures."""
-    return torch.utils._pytree.tree_map(lambda v: torch.as_tensor(v) if isinstance(v, np.ndarray) else v, value)
+    return pytree.tree_map(lambda v: torch.as_tensor(v) if isinstance(v, np.ndarray) else v, value)

@@ -20,7 +20,7 @@ from .pipeline import parse_pipeline
 from .report import Report
 
 if TYPE_CHECKING:
-    from ..runtime.compile import Session
+    from ..runtime.session import Session
 
 
 class Optimized(Program):

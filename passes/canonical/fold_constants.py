@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 import torch
 import torch.utils._pytree as pytree
 from torch import fx
+from torch.fx.node import map_arg
 
 from ...ir.errors import PostconditionError
 from ...ir.program import ORIGIN, Program
@@ -178,8 +179,8 @@ class _Folder:
 
             with torch.no_grad():
                 value = top.target(
-                    *fx.node.map_arg(top.args, read),
-                    **fx.node.map_arg(top.kwargs, read),
+                    *map_arg(top.args, read),
+                    **map_arg(top.kwargs, read),
                 )  # type: ignore[operator]
             (self.computed if _nbytes(top.meta["val"]) <= TINY_BYTES else local)[top] = value
         return self.computed[node] if node in self.computed else local[node]
