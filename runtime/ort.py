@@ -113,10 +113,15 @@ class Runner:
         if profile is not None:
             options.enable_profiling = True
             options.profile_file_prefix = str(profile)
+        self._shared: list[Any] = []
         self._weights = {name: tensor.detach().contiguous() for name, tensor in (weights or {}).items()}
         if self._weights:
-            shared = [_shared(ort, tensor) for tensor in self._weights.values()]
-            options.add_external_initializers(list(self._weights), shared)
+            self._shared = [_shared(ort, tensor) for tensor in self._weights.values()]
+            # The first gives the optimizer the numbers, the second keeps it from copying them. (Matrices are packed
+            # anew for some kernels all the same.)
+            options.add_external_initializers(list(self._weights), self._shared)
+            for name, value in zip(self._weights, self._shared, strict=True):
+                options.add_initializer(name, value)
         source = str(model) if isinstance(model, Path) else model
         try:
             self.session = ort.InferenceSession(source, options, providers=chosen)
@@ -197,6 +202,7 @@ class Runner:
         path = self.session.end_profiling() if self._profile else None
         self._profile = False
         del self.session
+        self._shared.clear()
         self._weights.clear()
         return path
 

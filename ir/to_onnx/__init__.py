@@ -1,7 +1,7 @@
 """Export to ONNX, on PyTorch's own operator translations: see `export`."""
 
 from .export import DEFAULT_OPSET, OPSETS, ExportResult, check_graph, export_onnx, to_onnx_model
-from .write import to_bytes, write
+from .write import to_bytes, write_model
 
 __all__ = [
     "DEFAULT_OPSET",
@@ -11,5 +11,5 @@ __all__ = [
     "export_onnx",
     "to_bytes",
     "to_onnx_model",
-    "write",
+    "write_model",
 ]

@@ -16,8 +16,9 @@ from onnxscript import version_converter
 from ..errors import ExportError
 from ..program import ORIGIN, Entry, Program
 from .fallback import stock_model
+from .initializers import WeightTensor
 from .translate import NoTranslation, Translator
-from .write import write
+from .write import SMALL_BYTES, write_model
 
 DEFAULT_OPSET = 20
 """What PyTorch's exporter recommends."""
@@ -134,9 +135,12 @@ def export_onnx(
         ExportError: an operator cannot be exported, the checker refuses the result, or the file cannot be written.
     """
     result = to_onnx_model(program, opset=opset, entry=entry, metadata=metadata, fallback=fallback)
+    for value in result.model.graph.initializers.values():
+        if isinstance(value.const_value, WeightTensor):
+            value.const_value.require_numbers()
     if check:
         check_graph(result.model)
-    return write(result.model, Path(path), external_data)
+    return write_model(result.model, Path(path), external_data)
 
 
 def check_graph(model: ir.Model) -> None:
@@ -145,8 +149,6 @@ def check_graph(model: ir.Model) -> None:
     Raises:
         ExportError: the checker refuses it.
     """
-    from .write import SMALL_BYTES
-
     graph = model.graph
     large = [
         v for v in graph.initializers.values() if v.const_value is not None and v.const_value.nbytes >= SMALL_BYTES

@@ -37,7 +37,7 @@ def stock_model(program: Program, entry: Entry, opset: int) -> ir.Model:
         shapes.append(dynamic or None)
     outputs = [name for name, value in zip(entry.outputs, entry.output_values, strict=True) if value is not None]
     try:
-        with _quiet(), torch.no_grad():
+        with quiet(), torch.no_grad():
             exported = torch.export.export(module.body, tuple(examples), dynamic_shapes=tuple(shapes), strict=False)
             result = torch.onnx.export(
                 exported,
@@ -78,7 +78,7 @@ def _rename_dims(model: ir.Model, entry: Entry) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """The exporter reports its progress on standard output, and its warnings repeat what the result says."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]

@@ -72,15 +72,23 @@ class WeightTensor(_TensorBase):
         """The row-major little-endian bytes."""
         return b"".join(self.chunks())
 
-    def chunks(self) -> Iterator[memoryview]:
-        """The bytes in pieces.
+    def require_numbers(self) -> None:
+        """Check that the weight can be written.
 
         Raises:
-            ExportError: the weight has no numbers.
+            ExportError: it has no numbers.
         """
         if self.weight.is_meta:
             raise ExportError(
                 f"the weight '{self.name}' has no numbers: the model was traced on the meta device",
                 remedy="load the checkpoint itself to export it",
             )
+
+    def chunks(self) -> Iterator[memoryview]:
+        """The bytes in pieces.
+
+        Raises:
+            ExportError: the weight has no numbers.
+        """
+        self.require_numbers()
         return self.weight.chunks()

@@ -20,6 +20,21 @@ def _rules() -> Any:
     return TypePromotionTable()
 
 
+def widened(node: fx.Node) -> dict[int | str, torch.dtype]:
+    """The operands of a bfloat16 elementwise operator, all to be float32; empty for any other operator.
+
+    PyTorch computes these in float32 and rounds the result, and ONNX Runtime's CPU provider has none in bfloat16.
+    """
+    target, result = node.target, node.meta.get("val")
+    if not isinstance(target, torch._ops.OpOverload) or not isinstance(result, torch.Tensor):
+        return {}
+    rule = _rules().get_rule(target.overloadpacket)
+    if result.dtype != torch.bfloat16 or rule is None:
+        return {}
+    positions = getattr(rule, "promote_args_positions", None) or (0,)
+    return {i: torch.float32 for i in positions if i < len(node.args)}
+
+
 def promoted(node: fx.Node) -> dict[int | str, torch.dtype]:
     """The element type that each positional (by index) or keyword (by name) operand must have; empty when all fit."""
     target = node.target

@@ -20,6 +20,9 @@ from torch.onnx._internal.exporter import _building, _tensors
 # Results of more elements than this are left to the run time.
 _FOLD_LIMIT = 256
 
+# Types between which a constant is converted here as it would be at run time.
+_PLAIN = frozenset({ir.DataType.BOOL, ir.DataType.INT32, ir.DataType.INT64, ir.DataType.FLOAT, ir.DataType.DOUBLE})
+
 # Operators on sizes, shapes and constants: recorded once for the same operands.
 _SHARED = frozenset(
     {
@@ -185,17 +188,10 @@ class Recorder(_building.OpRecorder):
             return self._shared_constant(attributes)
         if name == "Identity":
             return first
-        if name == "Cast" and isinstance(first, ir.Value):
-            wanted = ir.DataType(int(getattr(attributes["to"], "value", attributes["to"])))
-            if first.dtype == wanted and not isinstance(first.type, ir.SequenceType):
-                return first
-        if (
-            name == "CastLike"
-            and isinstance(first, ir.Value)
-            and first.dtype is not None
-            and first.dtype == operands[1].dtype
-        ):
-            return first
+        if name == "Cast":
+            return self._simpler_cast(first, ir.DataType(int(getattr(attributes["to"], "value", attributes["to"]))))
+        if name == "CastLike" and isinstance(operands[1], ir.Value) and operands[1].dtype is not None:
+            return self.op("Cast", first, to=int(operands[1].dtype))
         if name == "Concat" and len(operands) == 1 and isinstance(first, ir.Value):
             return first
         if name in ("Reshape", "Unsqueeze") and isinstance(first, ir.Value):
@@ -205,6 +201,19 @@ class Recorder(_building.OpRecorder):
         if name == "Shape" and isinstance(first, ir.Value) and first.shape is not None:
             return self._static_shape(first.shape, attributes)
         return self._fold(name, operands, attributes)
+
+    def _simpler_cast(self, value: Any, wanted: ir.DataType) -> ir.Value | None:
+        """A value that has the wanted type already, or a number in that type."""
+        if isinstance(value, (bool, int, float)):
+            return self.constant(value, wanted)
+        if not isinstance(value, ir.Value) or isinstance(value.type, ir.SequenceType):
+            return None
+        if value.dtype == wanted:
+            return value
+        number = _numbers(value)
+        if number is None or number.size != 1 or number.ndim or {value.dtype, wanted} - _PLAIN:
+            return None
+        return self.constant(number.astype(wanted.numpy()).item(), wanted)
 
     def _shared_constant(self, attributes: dict[str, Any]) -> ir.Value | None:
         """The one constant of this number (or few numbers), when it is written as a list of integers or a float."""

@@ -84,6 +84,21 @@ def square(t: Translator, node: fx.Node, x: ir.Value) -> Any:
     return t.recorder.op("Mul", x, x)
 
 
+@special(aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default)
+def dropout(t: Translator, node: fx.Node, x: ir.Value, p: float, train: bool) -> Any:
+    """Nothing, when the model is not in training."""
+    return NotImplemented if train else x
+
+
+@special(aten._is_all_true.default, aten._is_any_true.default)
+def all_or_any(t: Translator, node: fx.Node, x: ir.Value) -> Any:
+    """Whether all (or any) elements of a boolean tensor are true."""
+    op = t.recorder.op
+    name = "ReduceMin" if node.target is aten._is_all_true.default else "ReduceMax"
+    found = op(name, op("Cast", x, to=int(ir.DataType.INT32)), keepdims=0)
+    return op("Cast", found, to=int(ir.DataType.BOOL))
+
+
 def grouped_mm(t: Translator, node: fx.Node, x: ir.Value, weight: ir.Value, ends: ir.Value) -> Any:
     """Rows of ``x`` (sorted by expert) times their expert's matrix: a slice and a product for each expert.
 

@@ -7,7 +7,7 @@ Each operator goes through the first of these that has it: our own translations 
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -18,15 +18,18 @@ from torch.onnx._internal.exporter import _dispatching
 
 from ..errors import ExportError, GraphlatheError
 from ..program import ORIGIN, Entry, Program
+from .attention import attention
 from .initializers import WeightTensor, onnx_dtype
 from .lower import Lowering, registry_for
-from .promote import number_as, promoted
+from .promote import number_as, promoted, widened
 from .recorder import Recorder
 from .special import SPECIAL, by_name
 from .symbolic import Numbers, scalar_type
 
 _MAX_DEPTH = 8
 
+
+_SPECIAL = SPECIAL | {torch.ops.aten.scaled_dot_product_attention.default: attention}
 
 # Checks of data at run time, which ONNX cannot express; `torch.export` adds them for sizes that depend on data.
 _ASSERTIONS = frozenset(
@@ -56,6 +59,7 @@ class Translator:
     Attributes:
         graph: the ONNX graph under construction.
         recorder: collects the nodes of the operator under translation.
+        shared: values that several operators need, by what they are.
         decomposed: how often each operator had to be decomposed.
         notes: what a reader of the result should know.
     """
@@ -69,6 +73,9 @@ class Translator:
         self.numbers = Numbers(self.recorder)
         self.graph = ir.Graph([], [], nodes=[], name="main")
         self.values: dict[fx.Node, Any] = {}
+        # Where bfloat16 is only an island in a wider model, its elementwise operators are computed in float32.
+        self.widen = all(program.weights[name].dtype != torch.bfloat16 for name in program.used_weights())
+        self.shared: dict[Any, ir.Value] = {}
         self.decomposed: dict[str, int] = {}
         self.notes: list[str] = []
         self._names: set[str] = {*entry.inputs, *entry.outputs, *program.used_weights()}
@@ -113,7 +120,7 @@ class Translator:
         if self.numbers.supports(target) and scalar_type(result) is not None:
             args = pytree.tree_map(lambda a: values[a] if isinstance(a, fx.Node) else a, node.args)
             return self._finish(self.numbers.translate(target, args, result), node, origin, depth)
-        special = SPECIAL.get(target) or by_name(target)
+        special = _SPECIAL.get(target) or by_name(target)
         if special is not None:
             args, kwargs = self._arguments(node, values)
             outputs = special(self, node, *args, **kwargs)
@@ -122,9 +129,12 @@ class Translator:
         function, _ = _dispatching.dispatch(node, self.registry)
         if function is None:
             return self._decompose(node, values, origin, depth)
-        args, kwargs = self._arguments(node, values)
+        wide = widened(node) if self.widen else {}
+        args, kwargs = self._arguments(node, values, wide)
         try:
             outputs = self.recorder.run(function, args, kwargs)
+            if wide:
+                outputs = self.recorder.op("Cast", outputs, to=int(ir.DataType.BFLOAT16))
         except Exception as error:
             self.recorder.forget()
             try:
@@ -135,8 +145,10 @@ class Translator:
                 ) from error
         return self._finish(outputs, node, origin, depth)
 
-    def _arguments(self, node: fx.Node, values: dict[fx.Node, Any]) -> tuple[list[Any], dict[str, Any]]:
-        wanted = promoted(node)
+    def _arguments(
+        self, node: fx.Node, values: dict[fx.Node, Any], wide: Mapping[int | str, torch.dtype] | None = None
+    ) -> tuple[list[Any], dict[str, Any]]:
+        wanted = wide or promoted(node)
         args = [self._argument(a, values, wanted.get(i)) for i, a in enumerate(node.args)]
         kwargs = {k: self._argument(v, values, wanted.get(k)) for k, v in node.kwargs.items()}
         if kwargs.get("dtype", 0) is None:

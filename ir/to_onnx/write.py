@@ -160,11 +160,13 @@ def in_memory(model: ir.Model) -> tuple[bytes, dict[str, torch.Tensor]]:
     layout = Layout(
         model, "weights", lambda tensor: isinstance(tensor, WeightTensor) and tensor.weight.dtype in SHARABLE
     )
+    for _, tensor in layout.external:
+        tensor.require_numbers()
     tensors = {str(tensor.name): tensor.weight.tensor() for _, tensor in layout.external}
     return b"".join(layout.chunks()), tensors
 
 
-def write(model: ir.Model, path: Path, external_data: bool | None = None) -> Path:
+def write_model(model: ir.Model, path: Path, external_data: bool | None = None) -> Path:
     """Write a model, and its data file if it has one, completely or not at all.
 
     Args:
