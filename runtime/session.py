@@ -44,6 +44,10 @@ class Session(ABC):
     def _execute(self, feeds: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -> dict[str, Any]:
         """Compute the outputs, by name."""
 
+    @abstractmethod
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run on positional and keyword inputs."""
+
     def _initial(self, pair: StatePair) -> torch.Tensor | None:
         """A state's first value, if it is known."""
         return None

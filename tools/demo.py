@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -240,7 +240,7 @@ def run_demo(output: Path, quick: bool = False) -> None:
     Raises:
         ImportModelError: the packaged model is missing.
     """
-    from ..runtime.onnx_file import open_onnx
+    from ..runtime.onnxruntime_backend import open_onnx
 
     console = Console()
     stage = Stages(console)
@@ -314,7 +314,7 @@ def _report(
         "held_out_windows": windows_used,
         "original": figures(measured[0]),
         "optimised": figures(measured[1]),
-        "drift": drift.as_dict(),
+        "drift": asdict(drift),
         "table": [list(row) for row in comparison],
         "plan": optimised.plan,
         "passes": json.loads(optimised.report.to_json()),

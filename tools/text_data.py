@@ -17,4 +17,4 @@ def held_out_text() -> str:
 
 def _read(name: str) -> str:
     # From the parent package: `data` holds no Python, so it is no package of its own.
-    return files(__package__).joinpath("data", name).read_text(encoding="utf-8")
+    return files(__package__ or "").joinpath("data", name).read_text(encoding="utf-8")

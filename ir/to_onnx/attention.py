@@ -40,6 +40,7 @@ def attention(
     if enable_gqa and q.shape[-3] != k.shape[-3]:
         groups = q.shape[-3] // k.shape[-3]
         key, value = (_repeat_heads(t, x, int(groups), int(q.shape[-3]), rank) for x in (key, value))
+    assert query.dtype is not None
     factor = t.recorder.constant(1 / math.sqrt(q.shape[-1]) if scale is None else scale, query.dtype)
     order = [*range(rank - 2), rank - 1, rank - 2]
     scores = op("MatMul", op("Mul", query, factor), op("Transpose", key, perm=order))

@@ -6,12 +6,13 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
-import torch
 from onnx_ir.passes import common
 from onnxscript import version_converter
+from torch.fx.experimental.symbolic_shapes import ShapeGuard
 
 from ..errors import ExportError
 from ..program import ORIGIN, Entry, Program
@@ -173,7 +174,8 @@ def _model(translator: Translator, opset: int) -> ir.Model:
     """Translate, and finish: no functions, no unused nodes, and every operator in its form of this opset."""
     graph = translator.translate()
     graph.opset_imports[""] = TRANSLATION_OPSET
-    functions = [ir.serde.deserialize_function(f.to_function_proto()) for f in translator.recorder.functions.values()]
+    translated: list[Any] = list(translator.recorder.functions.values())
+    functions = [ir.serde.deserialize_function(f.to_function_proto()) for f in translated]
     model = ir.Model(
         graph, ir_version=IR_VERSION, producer_name="graphlathe", producer_version=_version(), functions=functions
     )
@@ -230,7 +232,7 @@ def _guard_count(program: Program) -> int:
     return len(env.guards) if env is not None else 0
 
 
-def _new_guards(program: Program, before: int) -> list[torch.fx.experimental.symbolic_shapes.ShapeGuard]:
+def _new_guards(program: Program, before: int) -> list[ShapeGuard]:
     env = program.fake_mode.shape_env
     return [g for g in env.guards[before:] if g.expr.free_symbols] if env is not None else []
 

@@ -42,12 +42,12 @@ class WeightTensor(_TensorBase):
         self._shape = ir.Shape([*weight.shape, 2] if pairs else list(weight.shape), frozen=True)
 
     @property
-    def dtype(self) -> ir.DataType:
+    def dtype(self) -> ir.DataType:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The element type."""
         return self._dtype
 
     @property
-    def shape(self) -> ir.Shape:
+    def shape(self) -> ir.Shape:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The shape."""
         return self._shape
 

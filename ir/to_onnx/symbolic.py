@@ -128,5 +128,7 @@ _OTHER: dict[Any, Callable[..., ir.Value]] = {
     math.trunc: lambda self, kind, a: self._rounded(None, a),
     round: lambda self, kind, a: self._rounded("Round", a),
     math.sqrt: lambda self, kind, a: self.recorder.op("Sqrt", self.cast(a, FLOAT)),
-    torch._sym_sqrt: lambda self, kind, a: self.recorder.op("Sqrt", self.cast(a, FLOAT)),
+    torch._sym_sqrt: lambda self, kind, a: self.recorder.op(  # pyright: ignore[reportAttributeAccessIssue]
+        "Sqrt", self.cast(a, FLOAT)
+    ),
 }

@@ -102,7 +102,7 @@ class Translator:
         return self.graph
 
     def _initializer(self, name: str) -> ir.Value:
-        tensor = WeightTensor(name, self.program.weights[name])
+        tensor = WeightTensor(name, self.program.weights[name])  # pyright: ignore[reportAbstractUsage]
         value = self.recorder.value(name)
         value.type, value.shape, value.const_value = ir.TensorType(tensor.dtype), tensor.shape, tensor
         self.graph.initializers[name] = value
@@ -268,7 +268,7 @@ class Translator:
         """Describe the results that are read; the others (a norm's saved statistics) may have any shape."""
         vals = node.meta.get("val")
         if isinstance(vals, (list, tuple)) and isinstance(outputs, (list, tuple)):
-            read = {user.args[1] for user in node.users if user.target is operator.getitem}
+            read = {user.args[1] for user in node.users if user.target is operator.getitem}  # pyright: ignore[reportUnhashable]
             for index, (value, val) in enumerate(zip(outputs, vals, strict=False)):
                 if index in read:
                     self._describe(value, val)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,7 @@ class _Phases:
         self.times: dict[str, tuple[float, float]] = {}
 
     @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
+    def __call__(self, name: str) -> Generator[None, None, None]:
         wall, cpu = time.perf_counter(), time.process_time()
         yield
         self.times[name] = (time.perf_counter() - wall, time.process_time() - cpu)
@@ -199,7 +199,7 @@ def check_small(folder: str) -> dict[str, Any]:
         "num_key_value_heads": 2,
     }
     shape = config(5, settings) | {"dtype": "float32", "max_position_embeddings": 64}
-    module = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).eval()
+    module = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_dict(shape)).eval()
     module.save_pretrained(folder, max_shard_size="50KB")
     program = from_hub(folder)
     if not program.metadata["weights"].startswith("lazy"):
