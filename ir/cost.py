@@ -327,11 +327,11 @@ class _Ledger:
         moved = [total(n.bytes for n in part.nodes) for part in parts]
         params = self._params(node) + sum(n.params for part in parts for n in part.nodes)
         if name == "cond":
-            pair = [_plain(sympy.Max(*values)) for values in (macs, moved)]
+            work, traffic = _plain(sympy.Max(*macs)), _plain(sympy.Max(*moved))
         else:
             times = self._trip_count(node, name)
-            pair = [_plain(sympy.expand(times * total(values))) for values in (macs, moved)]
-        return NodeCost(node.name, name, str(node.meta.get(ORIGIN) or ""), *pair, params)
+            work, traffic = (_plain(sympy.expand(times * total(values))) for values in (macs, moved))
+        return NodeCost(node.name, name, str(node.meta.get(ORIGIN) or ""), work, traffic, params)
 
     def _trip_count(self, node: fx.Node, name: str) -> Any:
         if name in _LOOPS:
