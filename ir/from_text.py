@@ -25,8 +25,20 @@ from .program import MADE_BY, ORIGIN, Entry, Program, StatePair
 from .types import DTYPES, TypePrinter, is_condition, is_unbacked, parse_expr, same_type
 from .weights import RandomSource, Weight
 
-MODULES = {"operator": operator, "math": math, "torch": torch}
-"""Python modules whose functions may stand in a graph (on symbolic sizes)."""
+_OPERATOR = (
+    *("add", "sub", "mul", "floordiv", "truediv", "mod", "pow", "neg", "pos", "abs", "invert", "lshift", "rshift"),
+    *("and_", "or_", "xor", "not_", "eq", "ne", "lt", "le", "gt", "ge", "getitem"),
+)
+_MATH = ("ceil", "floor", "trunc", "sqrt", "exp", "log", "log2", "log10", "pow", "sin", "cos", "tan", "tanh", "fabs")
+FUNCTIONS: dict[str, Any] = {
+    **{f"operator.{name}": getattr(operator, name) for name in _OPERATOR},
+    **{f"math.{name}": getattr(math, name) for name in _MATH},
+    **{f"torch.{name}": getattr(torch, name) for name in dir(torch) if name.startswith(("sym_", "_sym_"))},
+}
+"""The Python functions (on symbolic sizes) that may stand in a graph. A text may come from anywhere: nothing else is
+looked up in Python modules, and of the operators none that touches files (`torch.load` would run a pickle's code)."""
+
+_TOUCHES_FILES = frozenset({"aten::from_file", "aten::save", "aten::load"})
 
 
 def parse_program(text: str, weights: Mapping[str, Weight] | None = None) -> Program:
@@ -361,12 +373,12 @@ def split_top(text: str) -> list[str]:
 
 def find_operator(name: str, place: Place) -> Any:
     """The operator of a name that `ir.text.target_name` wrote."""
+    if name in FUNCTIONS:
+        return FUNCTIONS[name]
     namespace, *rest = name.split(".")
-    if namespace in MODULES and len(rest) == 1:
-        found = getattr(MODULES[namespace], rest[0], None)
-        if not callable(found):
-            place.fail(f"unknown function '{name}'")
-        return found
+    if namespace in ("operator", "math", "torch"):
+        known = [function for function in FUNCTIONS if function.startswith(f"{namespace}.")]
+        place.fail(f"unknown function '{name}'{suggest(name, known)}", expected=f"one of {', '.join(known)}")
     if not rest or len(rest) > 2:
         place.fail(f"unknown operator '{name}'", expected="namespace.name or namespace.name.overload, as aten.relu")
     if namespace == "higher_order":
@@ -385,9 +397,14 @@ def find_operator(name: str, place: Place) -> Any:
             remedy=None if namespace == "aten" else f"import the package that registers the operators '{namespace}::'",
         )
     overload = rest[1] if len(rest) == 2 else "default"
-    if overload not in packet.overloads():
-        place.fail(f"'{namespace}.{rest[0]}' has no overload '{overload}'", expected=", ".join(packet.overloads()))
-    return getattr(packet, overload)
+    # TorchScript registers overloads of its own, which the dispatcher (and hence a fake tensor) does not know.
+    known = [o for o in packet.overloads() if torch._C._dispatch_has_kernel(getattr(packet, o).name())]
+    if overload not in known:
+        place.fail(f"'{namespace}.{rest[0]}' has no overload '{overload}'", expected=", ".join(known) or None)
+    found = getattr(packet, overload)
+    if found._schema.name in _TOUCHES_FILES:
+        place.fail(f"'{name}' touches files and may not stand in a program")
+    return found
 
 
 def _define(values: dict[str, fx.Node], name: str, node: fx.Node, place: Place) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
+from torch.fx.node import map_arg
 
 from .errors import GraphlatheError, UnsupportedOpError, VerifyError
 from .execute import copy_graph
@@ -57,8 +58,8 @@ def infer(program: Program, node: fx.Node) -> Any:
             raise VerifyError("a value without shape is used", node=operand.name, origin=operand.meta.get("origin"))
         return operand.meta["val"]
 
-    args = fx.node.map_arg(node.args, value_of)
-    kwargs = fx.node.map_arg(node.kwargs, value_of)
+    args = map_arg(node.args, value_of)
+    kwargs = map_arg(node.kwargs, value_of)
     try:
         # As in tracing: some operators take symbolic sizes only through their Python decompositions.
         with program.fake_mode, enable_python_dispatcher(), torch.no_grad():

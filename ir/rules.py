@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 
 from .program import ORIGIN, Program
 from .rewrite import Rewriter
@@ -333,7 +334,7 @@ def _arguments(node: fx.Node) -> list[tuple[str, Any, bool]]:
 
 def _holds_node(value: Any) -> bool:
     found: list[fx.Node] = []
-    fx.node.map_arg(value, found.append)
+    map_arg(value, found.append)
     return bool(found)
 
 

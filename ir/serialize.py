@@ -128,7 +128,7 @@ def load(path: Path) -> Program:
         for name, entry in manifest["weights"].items():
             weights[name] = _lazy(tensors[entry["tensor"]], entry, version)
         metadata = {str(k): str(v) for k, v in manifest["metadata"].items()}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise ImportModelError(
             f"'{path / MANIFEST}' does not fit '{WEIGHTS}': {type(error).__name__}: {error}",
             remedy="save the program again",
@@ -289,6 +289,7 @@ def _lazy(stored: Weight, entry: Mapping[str, Any], version: tuple[int, ...]) ->
         raise ValueError(f"'{entry['tensor']}' has {stored.nbytes} bytes, not {weight.nbytes}")
     for kind, values in entry.get("steps", ()):
         weight = weight.then(_step_from_json(kind, values))
+    _ = weight.shape  # the steps must fit one another
     return weight
 
 

@@ -27,7 +27,7 @@ import torch
 from torch import fx
 
 from .errors import GraphlatheError
-from .from_text import MODULES, parse_program
+from .from_text import FUNCTIONS, parse_program
 from .program import MADE_BY, ORIGIN, Entry, Program
 from .types import TypePrinter, dtype_name
 from .weights import Weight
@@ -65,13 +65,12 @@ def target_name(target: Any) -> str:
         return f"{target.namespace}.{target._opname}{overload}"
     if isinstance(target, torch._ops.HigherOrderOperator):
         return f"higher_order.{target.name()}"
-    name = getattr(target, "__name__", "")
-    for module in MODULES:
-        if getattr(MODULES[module], name, None) is target:
-            return f"{module}.{name}"
+    for name, function in FUNCTIONS.items():
+        if function is target:
+            return name
     raise GraphlatheError(
         f"the function {target!r} has no text form",
-        expected="an operator of torch.ops, or a function of operator, math or torch",
+        expected="an operator of torch.ops, or an arithmetic function of operator, math or torch",
         remedy="register it as an operator (torch.library.custom_op)",
     )
 

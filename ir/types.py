@@ -101,8 +101,9 @@ class TypePrinter:
     def _expr(self, expr: sympy.Basic) -> str:
         if not expr.free_symbols:
             return str(expr)
-        renamed = {}
-        for symbol in sorted(expr.free_symbols, key=str):
+        renamed: dict[Any, Any] = {}
+        symbols: list[Any] = sorted(expr.free_symbols, key=str)
+        for symbol in symbols:
             name = self.names.get(symbol) or self.unbacked.get(symbol)
             if name is None and is_unbacked(symbol):
                 count = len(self.unbacked)
@@ -146,12 +147,12 @@ class TypePrinter:
                 raise GraphlatheError(f"a value of type {type(value).__name__} has no text form")
 
 
-def _mod(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
+def _mod(a: Any, b: Any) -> Any:
     # As symbolic integers do: the simpler function where neither side can be negative.
     return (sf.Mod if a.is_nonnegative and b.is_nonnegative else sf.PythonMod)(a, b)
 
 
-def _true_div(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
+def _true_div(a: Any, b: Any) -> Any:
     return (sf.IntTrueDiv if a.is_integer and b.is_integer else sf.FloatTrueDiv)(a, b)
 
 

@@ -15,7 +15,7 @@ Levels 1 and 2 take time linear in the number of nodes; level 2 infers each dist
 from __future__ import annotations
 
 import keyword
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -334,7 +334,7 @@ def _check_types(program: Program, pass_name: str | None) -> None:
 
 
 @contextmanager
-def _undisturbed(env: Any) -> Iterator[None]:
+def _undisturbed(env: Any) -> Generator[None]:
     if env is None:
         yield
         return

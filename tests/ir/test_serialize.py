@@ -258,6 +258,8 @@ def test_damaged_manifests_are_refused(program: Program, tmp_path: Path) -> None
         (with_mask(dtype="f99"), "does not fit"),
         (with_mask(steps=[["eval", {}]]), "does not fit"),
         (with_mask(steps=[["slice", {"dim": 0}]]), "does not fit"),
+        (with_mask(steps=[["permute", {"dims": [0, 1, 2]}]]), "does not fit"),
+        (with_mask(steps=[["reshape", {"shape": [3]}]]), "does not fit"),
     ]
     for manifest, message in bad:
         (folder / MANIFEST).write_text(manifest if isinstance(manifest, str) else json.dumps(manifest))
