@@ -129,14 +129,14 @@ class Deep(nn.Module):
 
 def test_time_is_linear_in_the_number_of_nodes() -> None:
     seconds = []
-    for depth in (50, 400):
+    for depth in (25, 200):
         program_ = trace(Deep(depth), (torch.randn(3, 8),), dynamic={"x": {0: "B"}})
         best = float("inf")
         for _ in range(2):
             copy = program_.clone()
-            start = time.perf_counter()
+            start = time.process_time()
             Canonicalize().run(copy, Context())
-            best = min(best, time.perf_counter() - start)
+            best = min(best, time.process_time() - start)
         seconds.append(best)
     # Eight times the nodes; quadratic work would take sixty-four times as long.
     assert seconds[1] < 24 * seconds[0]
