@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..ir.dims import Dims
 from ..ir.errors import ExportError, GraphlatheError, InputError
 from ..ir.program import Program, StatePair
 from .guards import UnreadableGuardError, holds
@@ -55,6 +56,7 @@ class OnnxRuntimeSession(ProgramSession):
 
         result = to_onnx_model(program, opset=opset, entry=entry, metadata=False, fallback=fallback)
         self.notes = result.notes
+        self.added = Dims(self.entry.dims.by_name, result.guards)
         graph, weights = in_memory(result.model)
         self.runner: Runner | None = Runner(
             graph,
@@ -70,6 +72,11 @@ class OnnxRuntimeSession(ProgramSession):
                 f"the exported graph has {len(self.runner.outputs)} outputs", expected=str(len(self.outputs))
             )
         self._public = dict(zip(self.runner.outputs, self.outputs, strict=True))
+
+    def _check(self, feeds: Mapping[str, Any]) -> dict[str, int]:
+        sizes = super()._check(feeds)
+        self.added.check({dim.symbol: sizes[name] for name, dim in self.added.by_name.items() if name in sizes})
+        return sizes
 
     def _execute(self, feeds: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -> dict[str, Any]:
         assert self.runner is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxscript import version_converter
-from torch.fx.experimental.symbolic_shapes import ShapeGuard
 
+from ..dims import Guard
 from ..errors import ExportError
 from ..program import ORIGIN, Entry, Program
 from .fallback import stock_model
@@ -46,6 +47,7 @@ class ExportResult:
         fallback_reason: why the stock exporter was used; None when it was not.
         decomposed: how often each operator had to be decomposed, for want of a translation.
         notes: what a user should know about the result.
+        guards: size guards of the model besides the program's own: what decomposing an operator had to assume.
     """
 
     model: ir.Model
@@ -53,6 +55,7 @@ class ExportResult:
     fallback_reason: str | None = None
     decomposed: dict[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    guards: tuple[Guard, ...] = ()
 
 
 def to_onnx_model(
@@ -77,7 +80,7 @@ def to_onnx_model(
         raise ExportError(f"opset {version} is not supported", expected=f"{OPSETS.start} to {OPSETS.stop - 1}")
     target = program.entries[entry]
     translator = Translator(program, target, version)
-    guards = _guard_count(program)
+    guards = len(_guards(program))
     reason: str | None = None
     try:
         model = _model(translator, version)
@@ -98,11 +101,15 @@ def to_onnx_model(
     notes = list(translator.notes)
     if reason is not None:
         notes = [f"exported by PyTorch's own exporter, because of {reason}"]
-    if _guard_count(program) > guards:
-        notes.append("decomposing an operator added size assumptions, see graphlathe.guards")
+    added = _guards(program)[guards:]
+    if added:
+        texts = ", ".join(target.dims.format_expr(guard.expr) for guard in added)
+        notes.append(f"decomposing an operator had to assume sizes: {texts}")
     if metadata:
-        model.metadata_props.update(_metadata(program, target, model, guards))
-    return ExportResult(model, version, reason, translator.decomposed, tuple(notes))
+        model.metadata_props.update(_metadata(program, target, [*target.dims.guards, *added]))
+        if notes:
+            model.metadata_props["graphlathe.notes"] = "\n".join(notes)
+    return ExportResult(model, version, reason, translator.decomposed, tuple(notes), tuple(added))
 
 
 def export_onnx(
@@ -115,6 +122,7 @@ def export_onnx(
     fallback: bool = True,
     external_data: bool | None = None,
     check: bool = True,
+    notes: list[str] | None = None,
 ) -> Path:
     """Write an entry of a program as an ONNX file, completely or not at all.
 
@@ -128,6 +136,8 @@ def export_onnx(
         external_data: whether weights go to ``<name>.data`` beside the file; default: only above 2 GB.
         check: whether ONNX's checker and its strict shape inference must accept the graph. They see weights by type
             and shape only, so that the time and memory they take do not depend on the weights' size.
+        notes: a list that takes what a user should know about the result (the fallback was used, and why); it is in
+            the file's metadata too.
 
     Returns:
         The path.
@@ -141,6 +151,8 @@ def export_onnx(
             value.const_value.require_numbers()
     if check:
         check_graph(result.model)
+    if notes is not None:
+        notes.extend(result.notes)
     return write_model(result.model, Path(path), external_data)
 
 
@@ -196,10 +208,9 @@ def _remove_unused(graph: ir.Graph) -> None:
             graph.remove(node, safe=True)
 
 
-def _metadata(program: Program, entry: Entry, model: ir.Model, guards: int) -> dict[str, str]:
+def _metadata(program: Program, entry: Entry, guards: Sequence[Guard]) -> dict[str, str]:
     data = {"graphlathe.version": _version(), "graphlathe.pipeline": ",".join(program.history)}
-    texts = [entry.dims.format_expr(guard.expr) for guard in entry.dims.guards]
-    texts += [entry.dims.format_expr(g.expr) for g in _new_guards(program, guards)]
+    texts = [entry.dims.format_expr(guard.expr) for guard in guards]
     for dim in entry.dims.by_name.values():
         texts.append(f"{dim.min} <= {dim.name}" + (f" <= {dim.max}" if dim.max is not None else ""))
     if texts:
@@ -212,9 +223,8 @@ def _metadata(program: Program, entry: Entry, model: ir.Model, guards: int) -> d
         )
     report = getattr(program, "report", None)
     if report is not None:
-        data["graphlathe.report"] = (
-            report.to_json() if isinstance(report.to_json(), str) else json.dumps(report.to_json())
-        )
+        content = report.to_json()
+        data["graphlathe.report"] = content if isinstance(content, str) else json.dumps(content)
     return data
 
 
@@ -227,14 +237,10 @@ def _fill(program: Program, name: str | None) -> float | None:
     return values.reshape(-1)[0].item() if uniform else None
 
 
-def _guard_count(program: Program) -> int:
+def _guards(program: Program) -> list[Guard]:
+    """All size guards that the program's symbols have gathered so far."""
     env = program.fake_mode.shape_env
-    return len(env.guards) if env is not None else 0
-
-
-def _new_guards(program: Program, before: int) -> list[ShapeGuard]:
-    env = program.fake_mode.shape_env
-    return [g for g in env.guards[before:] if g.expr.free_symbols] if env is not None else []
+    return [Guard(g.expr) for g in env.guards if g.expr.free_symbols] if env is not None else []
 
 
 def _version() -> str:

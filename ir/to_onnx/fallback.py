@@ -58,7 +58,7 @@ def stock_model(program: Program, entry: Entry, opset: int) -> ir.Model:
 
 def _rename_weights(model: ir.Model, names: Mapping[str, str]) -> None:
     for value in list(model.graph.initializers.values()):
-        if value.name in names:
+        if value.name is not None and value.name in names:
             value.name = names[value.name]
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from graphlathe.ir.errors import ExportError
+from graphlathe.ir.errors import ExportError, InputError
 from graphlathe.ir.from_torch import trace
 from graphlathe.ir.program import Program
 from graphlathe.ir.to_onnx import export_onnx, to_onnx_model
@@ -386,7 +386,9 @@ def test_control_flow_falls_back_to_the_stock_exporter_and_says_so(tmp_path: Pat
     assert result.fallback_reason is not None
     assert "cond" in result.fallback_reason
     assert "PyTorch's own exporter" in result.notes[0]
-    path = export_onnx(program, tmp_path / "m.onnx")
+    notes: list[str] = []
+    path = export_onnx(program, tmp_path / "m.onnx", notes=notes)
+    assert notes == list(result.notes)
     graph = onnx.load(path).graph
     assert [i.name for i in graph.input] == ["x"]
     assert [d.dim_param or d.dim_value for d in graph.input[0].type.tensor_type.shape.dim] == ["rows", 3]
@@ -394,6 +396,29 @@ def test_control_flow_falls_back_to_the_stock_exporter_and_says_so(tmp_path: Pat
     assert "scale" in {w.name for w in graph.initializer}
     for x in (torch.ones(2, 3), -torch.ones(5, 3)):
         assert_same(program, path, {"x": x})
+
+
+def test_assumptions_of_a_decomposition_become_guards(monkeypatch: pytest.MonkeyPatch) -> None:
+    from graphlathe.ir.to_onnx import lower
+    from graphlathe.runtime.compile import compile
+
+    def halves(x: torch.Tensor) -> torch.Tensor:
+        return x * x if x.shape[0] % 2 == 0 else x * 0
+
+    class Square(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.ops.aten.diff(x)
+
+    program = trace(Square(), {"x": torch.randn(6, 4)}, dynamic={"x": {0: "N"}})
+    assert not to_onnx_model(program).guards
+    monkeypatch.setitem(lower._INSTEAD, torch.ops.aten.diff.default, halves)
+    program = trace(Square(), {"x": torch.randn(6, 4)}, dynamic={"x": {0: "N"}})
+    result = to_onnx_model(program)
+    assert len(result.guards) == 1
+    assert "N" in result.model.metadata_props["graphlathe.guards"]
+    session = compile(trace(Square(), {"x": torch.randn(6, 4)}, dynamic={"x": {0: "N"}}), optimization="none")
+    with pytest.raises(InputError, match="N=5"):
+        session.run({"x": torch.randn(5, 4)})
 
 
 def test_without_fallback_the_operator_is_named() -> None:
