@@ -200,7 +200,9 @@ def _read_config(folder: Path) -> Any:
 
 def _dtype_of(config: Any) -> torch.dtype | None:
     value = getattr(config, "dtype", None)
-    return getattr(torch, value) if isinstance(value, str) and value != "auto" else value
+    if isinstance(value, str):
+        value = getattr(torch, value, None)
+    return value if isinstance(value, torch.dtype) else None
 
 
 def _trace(

@@ -59,11 +59,7 @@ def default_inputs(model: torch.nn.Module, config: Any) -> tuple[Inputs, Names]:
     if getattr(config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = _ids(config, _TARGET)
         names["decoder_input_ids"] = {0: "B", 1: "T"}
-    elif (
-        main == "input_ids"
-        and "attention_mask" in parameters
-        and not _is_decoder(model, config)
-    ):
+    elif main == "input_ids" and "attention_mask" in parameters and not _is_decoder(model, config):
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         names["attention_mask"] = {0: "B", 1: "S"}
     return inputs, names
@@ -71,34 +67,20 @@ def default_inputs(model: torch.nn.Module, config: Any) -> tuple[Inputs, Names]:
 
 def _is_decoder(model: torch.nn.Module, config: Any) -> bool:
     """Whether positions see only what is before them: such a model needs no mask for padding on the right."""
-    if getattr(config, "is_decoder", False) or type(model).__name__.endswith(
-        ("ForCausalLM", "LMHeadModel")
-    ):
+    if getattr(config, "is_decoder", False) or type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
         return True
     generate = getattr(model, "can_generate", None)
-    attention = [
-        m.is_causal
-        for m in model.modules()
-        if isinstance(getattr(m, "is_causal", None), bool)
-    ]
+    attention = [m.is_causal for m in model.modules() if isinstance(getattr(m, "is_causal", None), bool)]
     return bool(generate and generate()) or (bool(attention) and all(attention))
 
 
 def _ids(config: Any, length: int) -> torch.Tensor:
     """Ordinary tokens: ids 0, 1 and 2 are often padding, begin and end, which some models look for."""
     vocabulary = int(getattr(config, "vocab_size", 32))
-    limit = (
-        getattr(config, "max_position_embeddings", None)
-        or getattr(config, "n_positions", None)
-        or length
-    )
-    length = min(
-        length, max(int(limit) - 2, 2)
-    )  # RoBERTa-likes start counting positions at padding + 1
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or length
+    length = min(length, max(int(limit) - 2, 2))  # RoBERTa-likes start counting positions at padding + 1
     return (
-        (3 + torch.arange(_BATCH * length) % max(vocabulary - 3, 1))
-        .clamp_max(vocabulary - 1)
-        .reshape(_BATCH, length)
+        (3 + torch.arange(_BATCH * length) % max(vocabulary - 3, 1)).clamp_max(vocabulary - 1).reshape(_BATCH, length)
     )
 
 
@@ -124,18 +106,14 @@ def _features(model: torch.nn.Module, config: Any) -> tuple[Inputs, Names]:
     bins = getattr(config, "num_mel_bins", None)
     positions = getattr(config, "max_source_positions", None)
     if bins is None or positions is None:
-        raise _no_default(
-            model, "its configuration does not say the size of its audio features"
-        )
-    return {
-        "input_features": torch.zeros(_BATCH, bins, 2 * positions, dtype=_float(model))
-    }, {"input_features": {0: "B"}}
+        raise _no_default(model, "its configuration does not say the size of its audio features")
+    return {"input_features": torch.zeros(_BATCH, bins, 2 * positions, dtype=_float(model))}, {
+        "input_features": {0: "B"}
+    }
 
 
 def _float(model: torch.nn.Module) -> torch.dtype:
-    return next(
-        (p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32
-    )
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 def _no_default(model: torch.nn.Module, why: str) -> ImportModelError:

@@ -8,7 +8,7 @@ computes from several stored ones (fused experts, permuted projections) is not m
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -38,7 +38,7 @@ def import_transformers() -> ModuleType:
 
 
 @contextmanager
-def fake_parameters(mode: FakeTensorMode) -> Iterator[None]:
+def fake_parameters(mode: FakeTensorMode) -> Generator[None, None, None]:
     """Within this context, every parameter that a module registers becomes a fake tensor."""
     original = nn.Module.register_parameter
 
@@ -86,10 +86,8 @@ def architecture_class(config: Any) -> type[Any]:
 
 def without_cache(config: Any) -> None:
     """Switch key-value caches off: a forward pass over a whole sequence is what is traced."""
-    for part in (
-        config,
-        *(getattr(config, name, None) for name in getattr(config, "sub_configs", {})),
-    ):
+    parts: list[Any] = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]
+    for part in parts:
         if hasattr(part, "use_cache"):
             part.use_cache = False
 

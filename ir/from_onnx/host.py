@@ -39,7 +39,7 @@ def _elementwise(function: Callable[..., Number], *hosts: Host, dtype: torch.dty
 def _truncated_division(a: Number, b: Number) -> Number:
     """ONNX divides integers toward zero; symbolic sizes are never negative, where floor and truncation agree."""
     if isinstance(a, SYMBOLIC) or isinstance(b, SYMBOLIC):
-        return a // b
+        return a // b  # type: ignore[operator]
     if isinstance(a, float):
         return a / b
     return abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)

@@ -13,6 +13,7 @@ returns ``NotImplemented`` where it cannot answer, so that the tensor function t
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -99,6 +100,12 @@ def host_operator(*names: str, domain: str = "") -> Callable[[Function], Functio
     return register
 
 
+def fill() -> None:
+    """Import the files that hold the operators."""
+    for module in ("elementwise", "host", "indexing", "layers", "reduce", "shape"):
+        importlib.import_module(f".{module}", __package__)
+
+
 def find(domain: str, name: str, opset: int) -> Operator | None:
     """The operator's newest version that the opset has."""
     known = [entry for entry in _operators.get((domain, name), ()) if entry.since <= opset]
@@ -112,4 +119,5 @@ def find_host(domain: str, name: str) -> Function | None:
 
 def supported() -> list[str]:
     """Names of all operators of the standard domain, sorted."""
+    fill()
     return sorted({name for domain, name in _operators if not domain})

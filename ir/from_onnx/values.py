@@ -7,7 +7,7 @@ size. Host numbers become a tensor only when a real tensor operator consumes the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -90,7 +90,7 @@ Value = torch.Tensor | Host | Stored | None
 
 
 @contextmanager
-def outside_the_trace() -> Iterator[None]:
+def outside_the_trace() -> Generator[None, None, None]:
     """Real tensors for a moment: the walk runs under a tracer that makes every tensor fake and records what it does."""
     with _disable_current_modes(), torch._C.DisableTorchFunction():
         yield

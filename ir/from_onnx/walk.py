@@ -16,9 +16,8 @@ from torch.fx import traceback
 from ..errors import GraphlatheError, ImportModelError, UnsupportedOpError
 from ..program import ORIGIN
 from ..weights import Weight
-from . import elementwise, host, indexing, layers, reduce, shape  # noqa: F401 - they fill the registry
 from .model_file import DTYPES, OnnxModel, tensor_weight
-from .registry import Operator, find, find_host
+from .registry import Operator, fill, find, find_host
 from .values import Host, Stored, Value, host_of, outside_the_trace, starts_on_host
 
 _STANDARD = ("", "ai.onnx")
@@ -51,6 +50,7 @@ def check_supported(model: OnnxModel) -> None:
     Raises:
         UnsupportedOpError: naming the first one and how many others.
     """
+    fill()
     missing: dict[str, Any] = {}
     for node in all_nodes(model.graph):
         if node.op_type in ("Constant", "If") and node.domain in _STANDARD:
@@ -141,12 +141,12 @@ class Walk(nn.Module):
             if node.op_type == "Constant" and node.domain in _STANDARD:
                 continue
             with traceback.annotate({ORIGIN: node_name(node)}):
-                results = self._apply(node, env)
+                results = self._step(node, env)
             for name, value in zip(node.output, results, strict=False):
                 if name:
                     env[name] = value
 
-    def _apply(self, node: Any, env: dict[str, Value]) -> Sequence[Value]:
+    def _step(self, node: Any, env: dict[str, Value]) -> Sequence[Value]:
         values = [self._read(env, name, node) if name else None for name in node.input]
         try:
             if node.op_type == "If" and node.domain in _STANDARD:
@@ -242,7 +242,8 @@ class Walk(nn.Module):
                 return value.to_tensor()
             case Tensor():
                 return value
-        raise ImportModelError("a graph output is empty")
+            case None:
+                raise ImportModelError("an output that was left out is used")
 
     def _branch(self, node: Any, condition: Value, env: dict[str, Value]) -> list[Value]:
         """An ``If`` whose condition the host knows is the branch it takes."""

@@ -164,7 +164,7 @@ def meta_70b(layers: int) -> dict[str, Any]:
         from ...ir.from_hub import from_hub
         from ...ir.structure import structure
     with phase("from_hub"):
-        program = from_hub(LlamaConfig(**config(layers, SHAPE_70B)), meta=True)
+        program = from_hub(LlamaConfig.from_dict(config(layers, SHAPE_70B)), meta=True)
     with phase("structure"):
         found = structure(program)
     with phase("cost"):
