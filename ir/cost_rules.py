@@ -63,7 +63,8 @@ FREE = {
     "type_as", "clip", "clamp", "relu6", "selu", "celu", "hardswish", "prelu", "polar", "complex",
     # assertions and sizes
     "_assert_async", "_assert_scalar", "_assert_tensor_metadata", "sym_size", "sym_numel", "sym_stride",
-    "_is_all_true", "_is_any_true", "isin", "equal", "sym_storage_offset", "sym_constrain_range", "sym_constrain_range_for_size", "is_same_size", "numel",
+    "_is_all_true", "_is_any_true", "isin", "equal",
+    "sym_storage_offset", "sym_constrain_range", "sym_constrain_range_for_size", "is_same_size", "numel",
 }  # fmt: skip
 """Operators that multiply no matrices (elementwise ones and views are known by other means)."""
 
