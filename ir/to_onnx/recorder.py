@@ -159,7 +159,7 @@ class Recorder(_building.OpRecorder):
             if tensor is not None:
                 outputs[0].const_value = tensor
                 outputs[0].dtype = tensor.dtype
-                outputs[0].shape = ir.Shape([int(size) for size in tensor.shape])
+                outputs[0].shape = ir.Shape(tensor.numpy().shape)
             return
         if name == "Cast":
             source = node.inputs[0]
