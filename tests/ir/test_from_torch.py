@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+
 from graphlathe.ir.errors import ImportModelError, InputError
 from graphlathe.ir.from_torch import trace
 from graphlathe.ir.functionalize import is_mutation
 from graphlathe.ir.program import Outputs
-from torch import nn
 
 
 class _Linear(nn.Module):
@@ -232,7 +233,11 @@ def _refusals() -> list[Any]:
     x = torch.randn(2, 3)
     return [
         pytest.param(lambda: trace(_DataDependent(), (x,)), "cannot trace _DataDependent", id="data-dependent"),
-        pytest.param(lambda: trace(_Fixed(), (x,), dynamic={"x": {0: "B"}}), "fixes a named dimension.*can only be 2", id="specialized"),
+        pytest.param(
+            lambda: trace(_Fixed(), (x,), dynamic={"x": {0: "B"}}),
+            "fixes a named dimension.*can only be 2",
+            id="specialized",
+        ),
         pytest.param(lambda: trace(_Linear(), (x, x)), "do not fit", id="too-many"),
         pytest.param(lambda: trace(_Linear()), "needs example_inputs", id="none"),
         pytest.param(lambda: trace("m", (x,)), "no file", id="path"),

@@ -192,7 +192,8 @@ class TestCatalogue:
                 assert option.name in out and option.metadata["help"].split()[0] in out
 
     def test_markdown_of_all(self, command: Callable[..., Any]) -> None:
-        assert command("passes --markdown")[1].count("\n## `") == len(registry.names()) - 1
+        text = command("passes --markdown")[1]
+        assert [name for name in registry.BUILTIN if f"\n## `{name}`" not in text] == []
 
 
 class TestDoctor:
