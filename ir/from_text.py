@@ -22,7 +22,7 @@ from .errors import GraphlatheError, suggest
 from .infer import Inference, fake_weight
 from .parse import DimLine, OperatorLine, Place, Ref, Section, TypeText, WeightLine, parse_document, public_name
 from .program import MADE_BY, ORIGIN, Entry, Program, StatePair
-from .types import DTYPES, TypePrinter, is_condition, is_unbacked, parse_expr, same_type
+from .types import DTYPES, TypePrinter, agrees, is_condition, is_unbacked, parse_expr, symbols_of
 from .weights import RandomSource, Weight
 
 _OPERATOR = (
@@ -295,14 +295,19 @@ class _Scope:
             line.place.fail(error.message)
         declared = line.type.text
         self._bind(value, declared)
+        # Data-dependent sizes without a name in the text: an assertion has fixed them, and numbers are written instead.
+        unnamed = any(is_unbacked(s) and s not in self.builder.unbacked for s in symbols_of(value))
+        printer = TypePrinter(self.types.names, dict(self.builder.unbacked)) if unnamed else self.types
         try:
-            inferred = self.types.type(value)
+            inferred = printer.type(value)
         except GraphlatheError as error:
             line.place.fail(error.message)
-        if inferred == declared:
+        if inferred == declared and not unnamed:
             return value
         wanted = self._declared(line.type, value)
-        if wanted is None or not same_type(value, wanted, self.env):
+        named = [self.env.create_symintnode(symbol, hint=None) for symbol in self.builder.unbacked] if unnamed else []
+        given = [*(n.meta.get("val") for n in node.all_input_nodes), *named]
+        if wanted is None or not agrees(value, wanted, given, self.env):
             line.type.place.fail(f"{line.target} gives {inferred} here", expected=f"the declared type, {declared}")
         return wanted
 

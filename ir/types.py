@@ -13,6 +13,7 @@ from typing import Any
 
 import sympy
 import torch
+from sympy.printing.precedence import PRECEDENCE, precedence
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy import functions as sf
 from torch.utils._sympy.printers import PythonPrinter
@@ -77,6 +78,50 @@ def symbols_of(value: Any) -> set[sympy.Symbol]:
     return set()
 
 
+class _ExprPrinter(PythonPrinter):
+    """Prints an expression as it is built, under other names, and in an order that depends on those names alone.
+
+    Renaming by substitution would build the expression anew, and sympy may then simplify it: the text would not read
+    back to itself. ``%`` stands for the function that `parse_expr` makes of it; the other one is spelled out.
+    """
+
+    def __init__(self, name_of: Callable[[sympy.Symbol], str]) -> None:
+        super().__init__()
+        self._name_of = name_of
+
+    def _print_Symbol(self, expr: sympy.Symbol) -> str:
+        return self._name_of(expr)
+
+    def _sorted(self, args: Iterable[Any], *, numbers_first: bool) -> list[Any]:
+        return sorted(args, key=lambda arg: (bool(arg.is_number) != numbers_first, self._print(arg)))
+
+    def _print_Add(self, expr: Any, order: str | None = None) -> str:
+        return self.stringify(self._sorted(expr.args, numbers_first=False), " + ", precedence(expr))
+
+    def _print_Mul(self, expr: Any) -> str:
+        return self.stringify(self._sorted(expr.args, numbers_first=True), "*", precedence(expr))
+
+    def _print_And(self, expr: Any) -> str:
+        return self.stringify(self._sorted(expr.args, numbers_first=True), " and ", PRECEDENCE["And"])
+
+    def _print_Or(self, expr: Any) -> str:
+        return self.stringify(self._sorted(expr.args, numbers_first=True), " or ", PRECEDENCE["Or"])
+
+    def _print_Max(self, expr: Any) -> str:
+        return f"max({', '.join(map(self._print, self._sorted(expr.args, numbers_first=True)))})"
+
+    def _print_Min(self, expr: Any) -> str:
+        return f"min({', '.join(map(self._print, self._sorted(expr.args, numbers_first=True)))})"
+
+    def _modulo(self, expr: Any) -> str:
+        if _mod_function(*expr.args) is type(expr):
+            return self.stringify(expr.args, " % ", PRECEDENCE["Atom"] - 0.5)
+        return f"{type(expr).__name__}({', '.join(map(self._print, expr.args))})"
+
+    _print_Mod = _modulo
+    _print_PythonMod = _modulo
+
+
 class TypePrinter:
     """Prints types with the users' names for dimensions; symbols of data-dependent sizes become u0, u1... in order.
 
@@ -88,7 +133,7 @@ class TypePrinter:
     def __init__(self, names: Mapping[sympy.Symbol, str], unbacked: dict[sympy.Symbol, str] | None = None) -> None:
         self.names = dict(names)
         self.unbacked: dict[sympy.Symbol, str] = {} if unbacked is None else unbacked
-        self._printer = PythonPrinter()
+        self._printer = _ExprPrinter(self._name)
         self._exprs: dict[Any, str] = {}
 
     def expr(self, expr: Any) -> str:
@@ -99,22 +144,22 @@ class TypePrinter:
         return text
 
     def _expr(self, expr: sympy.Basic) -> str:
-        if not expr.free_symbols:
-            return str(expr)
-        renamed: dict[Any, Any] = {}
         symbols: list[Any] = sorted(expr.free_symbols, key=str)
-        for symbol in symbols:
-            name = self.names.get(symbol) or self.unbacked.get(symbol)
-            if name is None and is_unbacked(symbol):
-                count = len(self.unbacked)
-                while (name := f"u{count}") in self.names.values() or name in self.unbacked.values():
-                    count += 1
-                self.unbacked[symbol] = name
-            renamed[symbol] = sympy.Symbol(name or str(symbol), integer=symbol.is_integer)
+        for symbol in symbols:  # new data-dependent sizes get their numbers in this order
+            self._name(symbol)
         try:
-            return self._printer.doprint(expr.xreplace(renamed))
+            return self._printer.doprint(expr)
         except NotImplementedError as error:
             raise GraphlatheError(f"the size {expr} has no text form: {error}") from error
+
+    def _name(self, symbol: Any) -> str:
+        name = self.names.get(symbol) or self.unbacked.get(symbol)
+        if name is None and is_unbacked(symbol):
+            count = len(self.unbacked)
+            while (name := f"u{count}") in self.names.values() or name in self.unbacked.values():
+                count += 1
+            self.unbacked[symbol] = name
+        return name or str(symbol)
 
     def size(self, size: Any) -> str:
         """A size: a plain or symbolic number."""
@@ -147,9 +192,13 @@ class TypePrinter:
                 raise GraphlatheError(f"a value of type {type(value).__name__} has no text form")
 
 
+def _mod_function(a: Any, b: Any) -> Any:
+    """As for symbolic integers: the simpler function where neither side can be negative."""
+    return sf.Mod if a.is_nonnegative and b.is_nonnegative else sf.PythonMod
+
+
 def _mod(a: Any, b: Any) -> Any:
-    # As symbolic integers do: the simpler function where neither side can be negative.
-    return (sf.Mod if a.is_nonnegative and b.is_nonnegative else sf.PythonMod)(a, b)
+    return _mod_function(a, b)(a, b)
 
 
 def _true_div(a: Any, b: Any) -> Any:
@@ -159,7 +208,6 @@ def _true_div(a: Any, b: Any) -> Any:
 _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
     ast.FloorDiv: sf.FloorDiv,
     ast.Mod: _mod,
     ast.Div: _true_div,
@@ -179,6 +227,8 @@ _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.GtE: sympy.Ge,
 }
 _CALLS: dict[str, Callable[..., Any]] = {
+    "Mod": sf.Mod,
+    "PythonMod": sf.PythonMod,
     "max": sf.Max,
     "min": sf.Min,
     "abs": sympy.Abs,
@@ -212,6 +262,12 @@ def parse_expr(text: str, symbols: Mapping[str, sympy.Basic]) -> sympy.Basic:
     return _read(tree, symbols)
 
 
+def _factors(node: ast.expr) -> list[ast.expr]:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+        return [*_factors(node.left), *_factors(node.right)]
+    return [node]
+
+
 def _read(node: ast.expr, symbols: Mapping[str, sympy.Basic]) -> Any:
     match node:
         case ast.Constant(value=bool() as value):
@@ -226,6 +282,9 @@ def _read(node: ast.expr, symbols: Mapping[str, sympy.Basic]) -> Any:
             return -_read(operand, symbols)
         case ast.UnaryOp(op=ast.Not(), operand=operand):
             return sympy.Not(_read(operand, symbols))
+        case ast.BinOp(op=ast.Mult()):
+            # At once: sympy distributes a number over a sum, but not over a product of sums.
+            return sympy.Mul(*(_read(factor, symbols) for factor in _factors(node)))
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
             return _BINARY[type(op)](_read(left, symbols), _read(right, symbols))
         case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in _COMPARE:
@@ -302,3 +361,30 @@ def kind_of(value: Any) -> type:
 def all_same(a: Iterable[Any], b: Iterable[Any], env: ShapeEnv | None) -> bool:
     """Whether sizes are provably equal one by one."""
     return all(same_size(x, y, env) for x, y in zip(a, b, strict=True))
+
+
+def agrees(inferred: Any, declared: Any, given: Any, env: ShapeEnv | None) -> bool:
+    """Whether an inferred type confirms a declared one: the same type, except for data-dependent sizes.
+
+    Such a size is a new symbol in every inference, and may be declared as anything: as a symbol that had another number
+    in the inference before, or as a plain number, where an assertion in the graph has fixed it.
+
+    Args:
+        inferred: what the operator gave.
+        declared: what is to be confirmed.
+        given: the operands, as a list of values; a symbol that they have is not new.
+        env: the symbols' environment.
+    """
+    fresh = {symbol for symbol in symbols_of(inferred) - symbols_of(given) if is_unbacked(symbol)}
+    if not fresh:
+        return same_type(inferred, declared, env)
+    if isinstance(inferred, (tuple, list)) and isinstance(declared, (tuple, list)):
+        return len(inferred) == len(declared) and all(
+            agrees(a, b, given, env) for a, b in zip(inferred, declared, strict=True)
+        )
+    if not isinstance(inferred, torch.Tensor) or not isinstance(declared, torch.Tensor):
+        return not isinstance(declared, (torch.Tensor, tuple, list)) and kind_of(inferred) is kind_of(declared)
+    if inferred.dtype != declared.dtype or inferred.dim() != declared.dim():
+        return False
+    sizes = zip(inferred.shape, declared.shape, strict=True)
+    return all(symbols_of(a) & fresh or same_size(a, b, env) for a, b in sizes)

@@ -26,7 +26,7 @@ from torch import fx
 from .errors import GraphlatheError, VerifyError
 from .infer import Inference
 from .program import ORIGIN, Entry, Program
-from .types import TypePrinter, all_same, is_unbacked, same_type, symbols_of
+from .types import TypePrinter, agrees, is_unbacked, symbols_of
 
 TOLERANCE: dict[torch.dtype, float] = {
     torch.float64: 1e-12,
@@ -322,7 +322,8 @@ def _check_types(program: Program, pass_name: str | None) -> None:
                         error.message, pass_name=pass_name, node=node.name, origin=node.meta.get(ORIGIN)
                     ) from error
                 declared = node.meta["val"]
-                if not _agrees(inferred, declared, env):
+                given = [operand.meta.get("val") for operand in node.all_input_nodes]
+                if not agrees(inferred, declared, given, env):
                     raise VerifyError(
                         f"its type is {printer.type(declared)}",
                         pass_name=pass_name,
@@ -340,24 +341,6 @@ def _undisturbed(env: Any) -> Generator[None]:
         return
     with env.ignore_fresh_unbacked_symbols(), env.suppress_guards():
         yield
-
-
-def _agrees(inferred: Any, declared: Any, env: Any) -> bool:
-    """Same type; a data-dependent size, which is a new symbol in every inference, agrees with any other one."""
-    if isinstance(inferred, (tuple, list)) and isinstance(declared, (tuple, list)):
-        return len(inferred) == len(declared) and all(map(lambda a, b: _agrees(a, b, env), inferred, declared))
-    if not any(map(is_unbacked, symbols_of(inferred))):
-        return same_type(inferred, declared, env)
-    if isinstance(inferred, torch.Tensor) and isinstance(declared, torch.Tensor):
-        if inferred.dtype != declared.dtype or inferred.dim() != declared.dim():
-            return False
-        return all(_size_agrees(a, b, env) for a, b in zip(inferred.shape, declared.shape, strict=True))
-    return type(inferred) is type(declared) and _size_agrees(inferred, declared, env)
-
-
-def _size_agrees(inferred: Any, declared: Any, env: Any) -> bool:
-    fresh = any(map(is_unbacked, symbols_of(inferred)))
-    return (fresh and any(map(is_unbacked, symbols_of(declared)))) or all_same((inferred,), (declared,), env)
 
 
 def _check_text(program: Program, pass_name: str | None) -> None:

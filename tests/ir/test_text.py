@@ -174,6 +174,40 @@ def test_header_and_arguments_round_trip() -> None:
     verify(program, 2)
 
 
+@pytest.mark.parametrize(
+    "guard",
+    [
+        "2 <= 4*((-1) + (S // 10))*((-1) + (S // 10))",
+        "((64*(S // 10) + (-96)) % (16*(S // 10) + (-24))) == 0",
+        "Mod(S + (-9), 8) == 0 or PythonMod(S, 8) == 5",
+        "max(1, S // 8)*max(1, S // 8)*max(1, S // 8) != max(1, S // 8)*max(1, S // 8)",
+        "math.ceil(S / 3) > 2 and 2*S < T*T*T",
+        "(S ** T) > 5",
+    ],
+)
+def test_guards_read_back_to_themselves(guard: str) -> None:
+    """Whatever sympy makes of an expression: its text is a fixed point, and means the same at every size."""
+    text = f"""\
+program @main(%x: f32[S, T]) -> (%y) {{
+  dim S = 53 in [2, inf]
+  dim T = 7 in [2, inf]
+  guard {guard}
+  return (%x,)
+}}
+"""
+    program = parse_program(text)
+    printed = print_program(program)
+    again = parse_program(printed)
+    assert print_program(again) == printed
+    written = guard.replace("PythonMod(S, 8)", "(S % 8)").replace("Mod(S + (-9), 8)", "((S - 9) % 8)")
+    for s in range(9, 80):
+        sizes = {"S": s, "T": 7}
+        for parsed in (program, again):
+            symbols = {d.symbol: sizes[d.name] for d in parsed.main.dims.by_name.values()}
+            truth = eval(written, {"math": __import__("math"), "max": max}, sizes)
+            assert all(g.holds(symbols) for g in parsed.main.dims.guards) == truth
+
+
 def test_bare_output_and_several_entries() -> None:
     """``-> %output`` is a program that returns the tensor itself; entries may share weights and nested graphs."""
     text = """\

@@ -379,11 +379,32 @@ program @main(%x: f32[4]) -> (%y) {
     program = parse_program(text)
     verify(program, 2)
     verify(program, 2)
-    node = op(program, aten.nonzero.default)
+    nonzero, cat = op(program, aten.nonzero.default), op(program, aten.cat.default)
     with program.fake_mode:
-        node.meta["val"] = torch.empty(4, 1, dtype=torch.int64)
-    with pytest.raises(VerifyError, match="node %nonzero_default"):
+        nonzero.meta["val"] = torch.empty(nonzero.meta["val"].shape[0], 1)
+    with pytest.raises(VerifyError, match=r"its type is f32\[u0, 1\] \(node %nonzero_default"):
         verify(program, 2)
+    program = parse_program(text)
+    nonzero, cat = op(program, aten.nonzero.default), op(program, aten.cat.default)
+    with program.fake_mode:
+        cat.meta["val"] = torch.empty(nonzero.meta["val"].shape[0] + 1, 1, dtype=torch.int64)
+    with pytest.raises(VerifyError, match="node %cat_default"):
+        verify(program, 2)
+
+
+def test_a_data_dependent_number_may_be_fixed_by_an_assertion() -> None:
+    """Tracing then writes a plain number where inference gives a new symbol; the text reads back all the same."""
+    text = """\
+program @main(%x: f32[4], %flag: bool[]) -> (%y) {
+  %0 = aten.nonzero(%x) : i64[3, 1]
+  %1 = aten.item(%flag) : bool(True)
+  %2 = aten.cat([%0, %0]) : i64[6, 1]
+  return (%2,)
+}
+"""
+    program = parse_program(text)
+    assert print_program(program) == text
+    verify(program, 2)
 
 
 FEEDS = {
