@@ -115,7 +115,8 @@ class _ExprPrinter(PythonPrinter):
 
     def _modulo(self, expr: Any) -> str:
         if _mod_function(*expr.args) is type(expr):
-            return self.stringify(expr.args, " % ", PRECEDENCE["Atom"] - 0.5)
+            tight: Any = PRECEDENCE["Atom"] - 0.5  # as PyTorch does: an operand that is no atom is in brackets
+            return self.stringify(expr.args, " % ", tight)
         return f"{type(expr).__name__}({', '.join(map(self._print, expr.args))})"
 
     _print_Mod = _modulo
