@@ -13,6 +13,9 @@ import torch
 from .registry import host_operator
 from .values import MAX_HOST_ELEMENTS, NUMPY, SYMBOLIC, Host, Number
 
+MOST_AXES = 8
+"""A computed range of up to this many numbers may be a list of axes."""
+
 
 def _rounded(items: Sequence[Number], dtype: torch.dtype) -> tuple[Number, ...]:
     """Round concrete floating-point results to the element type, as the operator itself would."""
@@ -266,6 +269,15 @@ def constant_of_shape(target: Host, *, value: Host | None = None) -> Any:
     if target.items and target.item > MAX_HOST_ELEMENTS:
         return NotImplemented
     return Host(fill.items * (target.item if target.items else 1), fill.dtype, is_scalar=not target.items)
+
+
+@host_operator("Range")
+def range_(start: Host, limit: Host, delta: Host) -> Any:
+    """Only a list of axes is worth knowing: anything longer is data."""
+    if start.dtype.is_floating_point or not (start.is_concrete and limit.is_concrete and delta.is_concrete):
+        return NotImplemented
+    items = range(start.item, limit.item, delta.item) if delta.item else range(MOST_AXES + 1)
+    return Host(tuple(items), start.dtype) if len(items) <= MOST_AXES else NotImplemented
 
 
 @host_operator("ReduceProd")

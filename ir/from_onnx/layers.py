@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import ImportModelError
 from .registry import operator
+from .values import Host
 
 
 @operator("MatMul")
@@ -199,6 +200,61 @@ def global_average_pool(x: Tensor) -> Tensor:
 @operator("GlobalMaxPool")
 def global_max_pool(x: Tensor) -> Tensor:
     return x.amax(list(range(2, x.dim())), keepdim=True)
+
+
+_RESIZE = {"linear": {1: "linear", 2: "bilinear", 3: "trilinear"}, "cubic": {2: "bicubic"}}
+
+
+@operator("Resize", host=("roi", "scales", "sizes"))
+def resize(
+    x: Tensor,
+    roi: Host | None = None,
+    scales: Host | None = None,
+    sizes: Host | None = None,
+    *,
+    antialias: int = 0,
+    axes: Sequence[int] | None = None,
+    coordinate_transformation_mode: str = "half_pixel",
+    cubic_coeff_a: float = -0.75,
+    exclude_outside: int = 0,
+    extrapolation_value: float = 0.0,
+    keep_aspect_ratio_policy: str = "stretch",
+    mode: str = "nearest",
+    nearest_mode: str = "round_prefer_floor",
+) -> Tensor:
+    """The forms that torch has: spatial dimensions, stretched, with its own rules for coordinates."""
+    spatial = x.dim() - 2
+    which = [a % x.dim() for a in axes] if axes is not None else list(range(x.dim()))
+    given = sizes if sizes is not None and sizes.items else scales
+    if given is None or not given.items:
+        raise ImportModelError("Resize without sizes and scales", expected="one of them")
+    wanted = dict(zip(which, given.items, strict=True))
+    outer_changes = any(
+        not isinstance(wanted.get(axis, 1), torch.SymInt)
+        and wanted.get(axis, 1) != (x.shape[axis] if given is sizes else 1)
+        for axis in (0, 1)
+        if axis in wanted
+    )
+    coordinates = coordinate_transformation_mode
+    method = _RESIZE.get(mode, {}).get(spatial)
+    corners = coordinates == "align_corners"
+    if mode == "nearest":
+        floor = coordinates == "asymmetric" and nearest_mode == "floor"
+        exact = coordinates == "half_pixel" and nearest_mode == "round_prefer_ceil"
+        method = "nearest" if floor else "nearest-exact" if exact else None
+    elif coordinates not in ("half_pixel", "pytorch_half_pixel", "align_corners"):
+        method = None
+    plain = (
+        not exclude_outside and keep_aspect_ratio_policy == "stretch" and (mode != "cubic" or cubic_coeff_a == -0.75)
+    )
+    if method is None or outer_changes or not plain:
+        raise ImportModelError(
+            f"Resize of rank {x.dim()} in mode '{mode}', coordinates '{coordinates}', {nearest_mode} is not supported",
+            expected="what torch.nn.functional.interpolate does: linear and cubic with half_pixel or align_corners",
+        )
+    target = [wanted.get(axis, x.shape[axis] if given is sizes else 1.0) for axis in range(2, x.dim())]
+    options: dict[str, Any] = {} if mode == "nearest" else {"align_corners": corners, "antialias": bool(antialias)}
+    return F.interpolate(x, **{"size" if given is sizes else "scale_factor": target}, mode=method, **options)
 
 
 @operator("BatchNormalization")

@@ -254,6 +254,38 @@ def test_one_hot(tmp_path: Path) -> None:
     _check(model, tmp_path, {"i": torch.tensor([[0, 3], [-1, 1], [2, 2]])})
 
 
+@pytest.mark.parametrize(
+    ("attributes", "scales"),
+    [
+        ({"mode": "linear"}, [1, 1, 2, 1.5]),
+        ({"mode": "linear", "coordinate_transformation_mode": "align_corners"}, [1, 1, 2, 3]),
+        ({"mode": "cubic"}, [1, 1, 2, 3]),
+        ({"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}, [1, 1, 2, 3]),
+        ({"mode": "nearest", "nearest_mode": "round_prefer_ceil"}, [1, 1, 2, 3]),
+    ],
+)
+def test_resize(attributes: dict[str, Any], scales: list[float], tmp_path: Path) -> None:
+    """Scales, and sizes that follow the input's."""
+    node = oh.make_node("Resize", ["x", "", "scales"], ["y"], **attributes)
+    ports: list[Port] = [("x", F, ["N", 2, "H", 6])]
+    model = _model([node], ports, ["y"], {"scales": np.array(scales, np.float32)})
+    _check(model, tmp_path, {"x": _numbers(2, 2, 4, 6)}, {"x": _numbers(1, 2, 7, 6)})
+    nodes = [
+        oh.make_node("Shape", ["x"], ["shape"]),
+        oh.make_node("Mul", ["shape", "factors"], ["sizes"]),
+        oh.make_node("Resize", ["x", "", "", "sizes"], ["y"], **attributes),
+    ]
+    model = _model(nodes, ports, ["y"], {"factors": np.array([1, 1, 2, 3], np.int64)})
+    _check(model, tmp_path, {"x": _numbers(2, 2, 4, 6)}, {"x": _numbers(1, 2, 7, 6)})
+
+
+def test_resize_that_torch_lacks(tmp_path: Path) -> None:
+    node = oh.make_node("Resize", ["x", "", "scales"], ["y"], mode="nearest")
+    model = _model([node], [("x", F, ["N", 2, 4, 6])], ["y"], {"scales": np.array([1, 1, 2, 2], np.float32)})
+    with pytest.raises(ImportModelError, match="round_prefer_floor"):
+        _import(model, tmp_path)
+
+
 def test_integer_division_truncates(tmp_path: Path) -> None:
     model = _model([oh.make_node("Div", ["a", "b"], ["y"])], [("a", I, ["N"]), ("b", I, ["N"])], ["y"])
     _check(model, tmp_path, {"a": torch.tensor([7, -7, 7, -7]), "b": torch.tensor([2, 2, -2, -2])})
