@@ -8,10 +8,13 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Self, get_args, get_origin, get_type_hints
 
 from ..ir.errors import PipelineError, suggest
 from ..ir.program import Program
+
+if TYPE_CHECKING:
+    from ..ir.structure import Structure
 
 Batch = Mapping[str, Any]
 
@@ -99,12 +102,20 @@ class Context:
     Attributes:
         calibration: batches of named inputs; may be iterated more than once.
         progress: called as ``progress(iterable, total, label)`` around slow loops; shows a bar where wanted.
-        cache: analyses of the current program (dropped whenever the graph changes).
     """
 
     calibration: Sequence[Batch] | None = None
     progress: Callable[[Iterable[Any], int | None, str], Iterable[Any]] = lambda items, total, label: items
-    cache: dict[str, Any] = field(default_factory=dict)
+    _structure: tuple[Program, int, Structure] | None = field(default=None, repr=False)
+
+    def structure(self, program: Program) -> Structure:
+        """The program's sites, found once for as long as its graphs stay as they are."""
+        from ..ir.structure import structure
+
+        known = self._structure
+        if known is None or known[0] is not program or known[1] != program.mutations:
+            known = self._structure = (program, program.mutations, structure(program))
+        return known[2]
 
 
 @dataclass(frozen=True)

@@ -180,10 +180,11 @@ class _Run:
         pass_.check(program, self.context)
         stats = pass_.run(program, self.context)
         row.seconds = time.perf_counter() - start
-        row.mutations = program.mutations - counted or _uncounted(before, program)
+        if program.mutations == counted:
+            program.mutations += _uncounted(before, program)
+        row.mutations = program.mutations - counted
         if row.mutations:
             _drop_unread(program)
-            self.context.cache.clear()
             self.holds -= pass_.breaks
         start = time.perf_counter()
         self._verify(pass_, row)
@@ -198,15 +199,12 @@ class _Run:
         _fill(row, stats, _count(program), self.size)
 
     def _needs(self, pass_: Pass) -> None:
-        if Prop.SITES in pass_.needs:
-            from ..ir.structure import structure
-
-            if not structure(self.program).streams:
-                raise PreconditionError(
-                    "the model has no residual stream, so it has no blocks",
-                    pass_name=pass_.name,
-                    remedy="`graphlathe dump --format tree MODEL` shows what was recognised",
-                )
+        if Prop.SITES in pass_.needs and not self.context.structure(self.program).streams:
+            raise PreconditionError(
+                "the model has no residual stream, so it has no blocks",
+                pass_name=pass_.name,
+                remedy="`graphlathe dump --format tree MODEL` shows what was recognised",
+            )
         if Prop.CALIBRATION in pass_.needs and not self.context.calibration:
             raise PreconditionError(
                 "it needs calibration data", pass_name=pass_.name, remedy="pass calibration= (or --calibration FILE)"

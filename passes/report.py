@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _TOP_MISSES = 3
+_SIZES = ("params", "weights", "MACs", "peak act.")
 
 
 @dataclass(frozen=True)
@@ -165,64 +166,54 @@ class Report:
         from rich.console import Group
         from rich.text import Text
 
-        return Group(self.table(), *(Text(line) for line in self._lines()))
+        return Group(self._passes_table(), self._sizes_table(), *(Text(line) for line in self._lines()))
 
     def __str__(self) -> str:
         from rich import box
         from rich.console import Console
 
         text = io.StringIO()
-        console = Console(file=text, width=240, no_color=True, force_terminal=False, highlight=False)
-        console.print(self.table(box.MARKDOWN))
+        console = Console(file=text, width=160, no_color=True, force_terminal=False, highlight=False)
+        console.print(self._passes_table(box.MARKDOWN), self._sizes_table(box.MARKDOWN))
         for line in self._lines():
             console.print(line, markup=False, soft_wrap=True)
-        return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+        return "\n".join(line.rstrip() for line in text.getvalue().splitlines() if line.strip())
 
-    def table(self, style: Any = None) -> Table:
-        """One row for each pass, and a line of totals."""
-        from rich import box
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(box=style or box.SIMPLE_HEAD, show_footer=True, pad_edge=False)
-        for name, value in self._totals().items():
-            table.add_column(name, Text(value), justify="left" if name in ("pass", "effect", "check") else "right")
-        for row in self.rows:
-            table.add_row(*(Text(cell) for cell in self._cells(row)))
-        return table
-
-    def _cells(self, row: Row) -> list[str]:
-        text = row.text if row.wanted_by is None else f"{row.text} (needed by {row.wanted_by})"
-        attempted = f"{row.hits}/{row.attempts}" if row.attempts else str(row.hits)
-        return [
-            str(row.index),
-            text,
-            row.effect.value,
-            f"{row.seconds:.2f}",
-            f"{row.nodes_before} -> {row.nodes_after}",
-            str(row.mutations),
-            attempted,
-            *_changes(row.before, row.after),
-            row.verdict,
-        ]
-
-    def _totals(self) -> dict[str, str]:
-        nodes = f"{self.before.nodes} -> {self.after.nodes}" if self.before and self.after else ""
-        changes = _changes(self.before, self.after)
-        return {
+    def _passes_table(self, style: Any = None) -> Table:
+        """One row for each pass: what it promised, did, and how the promise held."""
+        totals = {
             "#": "",
             "pass": "total",
             "effect": "",
             "s": f"{self.seconds:.2f}",
-            "nodes": nodes,
-            "changes": str(sum(row.mutations for row in self.rows)),
+            "nodes": f"{self.before.nodes} -> {self.after.nodes}" if self.before and self.after else "",
             "hits": str(sum(row.hits for row in self.rows)),
-            "params": changes[0],
-            "MACs": changes[1],
-            "weights": changes[2],
-            "peak act.": changes[3],
             "check": str(self.drift) if self.drift else "",
         }
+        table = _table(totals, ("pass", "effect", "check"), style)
+        for row in self.rows:
+            cells = (
+                str(row.index),
+                row.text if row.wanted_by is None else f"{row.text} (needed by {row.wanted_by})",
+                row.effect.value,
+                f"{row.seconds:.2f}",
+                f"{row.nodes_before} -> {row.nodes_after}",
+                f"{row.hits}/{row.attempts}" if row.attempts else str(row.hits),
+                row.verdict,
+            )
+            _add_row(table, cells)
+        return table
+
+    def _sizes_table(self, style: Any = None) -> Table:
+        """The program's size at first, and after every pass that changed it."""
+        totals = dict(zip(("size after", *_SIZES), ("total", *_changes(self.before, self.after)), strict=True))
+        table = _table(totals, ("size after",), style)
+        if self.before:
+            _add_row(table, ("start", *_changes(self.before, self.before)))
+        for row in self.rows:
+            if row.after != row.before:
+                _add_row(table, (f"{row.index} {row.name}", *_changes(row.before, row.after)))
+        return table
 
     def _lines(self) -> list[str]:
         lines: list[str] = []
@@ -240,14 +231,33 @@ class Report:
         return lines + self.notes
 
 
+def _table(totals: Mapping[str, str], left: Sequence[str], style: Any) -> Table:
+    """An empty table with a column for each name and its total below; those in ``left`` hold text."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=style or box.SIMPLE_HEAD, show_footer=True, pad_edge=False, padding=(0, 1, 0, 0))
+    for name, total in totals.items():
+        # Text folds anywhere where it must: a pass's options would else make its column as wide as they are.
+        table.add_column(name, Text(total), justify="left" if name in left else "right", overflow="fold")
+    return table
+
+
+def _add_row(table: Table, cells: Sequence[str]) -> None:
+    from rich.text import Text
+
+    table.add_row(*(Text(cell) for cell in cells))
+
+
 def _changes(before: Size | None, after: Size | None) -> list[str]:
-    """Parameters, MACs, weight bytes, peak activation bytes: the new value and the change."""
+    """The new value of each of `_SIZES`, and its change."""
     if before is None or after is None:
-        return ["", "", "", ""]
+        return [""] * len(_SIZES)
     return [
         _change(before.params, after.params, ""),
-        _change(before.macs, after.macs, ""),
         _change(before.weight_bytes, after.weight_bytes, "B"),
+        _change(before.macs, after.macs, ""),
         _change(before.peak_activation_bytes, after.peak_activation_bytes, "B"),
     ]
 
@@ -257,7 +267,7 @@ def _change(before: int | None, after: int | None, unit: str) -> str:
         return "?"
     if before == after:
         return _short(after, unit)
-    share = f" ({(after - before) / before:+.1%})" if before else ""
+    share = f" {(after - before) / before:+.1%}" if before else ""
     return _short(after, unit) + share
 
 

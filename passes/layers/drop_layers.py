@@ -21,7 +21,7 @@ from ...ir.program import Program
 from ...ir.rewrite import Rewriter
 from ..base import Case, Context, Effect, Pass, Prop, Stats, option
 from ..search.scores import SCORES, Scores
-from ..search.units import GRANULARITIES, Unit, find_units, remaining_weights, replacements
+from ..search.units import GRANULARITIES, Unit, remaining_weights, removable_units, replacements
 from .planted import identity_block_case
 
 
@@ -68,7 +68,7 @@ class DropLayers(Pass):
 
     def check(self, program: Program, ctx: Context) -> None:
         """Refuse programs without units, indices that cannot be dropped, and scoring without data."""
-        units = find_units(program, self.granularity)
+        units = removable_units(ctx.structure(program), self.granularity)
         if not units:
             raise PreconditionError(
                 f"no {self.granularity} of a residual stream was found",
@@ -95,7 +95,7 @@ class DropLayers(Pass):
 
     def run(self, program: Program, ctx: Context) -> Stats:
         """Choose the units, replace each by the value before it, and erase what nothing reads any more."""
-        units = find_units(program, self.granularity)
+        units = removable_units(ctx.structure(program), self.granularity)
         stats = Stats(attempts=len(units))
         for unit in units:
             if unit.blocked:

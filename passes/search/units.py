@@ -15,7 +15,7 @@ from torch import fx
 
 from ...ir.execute import needed
 from ...ir.program import Program
-from ...ir.structure import BlockSite, BranchSite, structure
+from ...ir.structure import BlockSite, BranchSite, Structure
 
 GRANULARITIES = ("block", "attention", "mlp")
 
@@ -41,16 +41,16 @@ class Unit:
     blocked: str = ""
 
 
-def find_units(program: Program, granularity: str) -> list[Unit]:
+def removable_units(found: Structure, granularity: str) -> list[Unit]:
     """All units of one granularity, in execution order, including those that cannot be dropped (with the reason).
 
     Args:
-        program: the program.
+        found: the program's structure.
         granularity: ``block``, ``attention`` (attention branches and what takes their place: convolutional or
             recurrent mixers are not counted) or ``mlp``.
     """
     units: list[Unit] = []
-    for number, stream in enumerate(structure(program).streams):
+    for number, stream in enumerate(found.streams):
         for block in stream.blocks:
             if granularity == "block":
                 units.append(_block_unit(len(units), number, block))

@@ -12,12 +12,13 @@ from torch import nn
 
 from graphlathe.ir.errors import PipelineError, PreconditionError
 from graphlathe.ir.program import Program
+from graphlathe.ir.structure import structure
 from graphlathe.ir.verify import relative_error, verify
 from graphlathe.passes.base import Context
 from graphlathe.passes.fidelity import output_distance
 from graphlathe.passes.layers.drop_layers import DropLayers
 from graphlathe.passes.search.scores import block_influence, removal_loss
-from graphlathe.passes.search.units import find_units, remaining_weights, replacements
+from graphlathe.passes.search.units import remaining_weights, removable_units, replacements
 from graphlathe.tools import zoo
 from tests.zoo_programs import SAMPLE, flat_outputs, module, over_zoo, traced
 
@@ -98,7 +99,7 @@ def test_every_granularity_over_the_zoo(name: str) -> None:
     feeds = program.feeds(**inputs)
     found = 0
     for granularity in ("block", "attention", "mlp"):
-        free = [u for u in find_units(program, granularity) if not u.blocked]
+        free = [u for u in removable_units(structure(program), granularity) if not u.blocked]
         found += len(free)
         for unit in free[:2]:
             changed, stats = _drop(program, DropLayers(indices=(unit.index,), granularity=granularity))
@@ -122,7 +123,7 @@ def _calibration(name: str, count: int = 2) -> Context:
 def test_block_influence_equals_the_hidden_states_of_the_eager_model() -> None:
     """1 - E[cos] over all tokens of all batches, in float64, from the model's own hidden states."""
     ctx = _calibration("llama")
-    units = find_units(traced("llama"), "block")
+    units = removable_units(structure(traced("llama")), "block")
     scores = block_influence(traced("llama"), units, (), ctx)
     sums, count = torch.zeros(len(units), dtype=torch.float64), 0
     last: dict[int, torch.Tensor] = {}
@@ -152,7 +153,7 @@ def test_block_influence_equals_the_hidden_states_of_the_eager_model() -> None:
 def test_removal_loss_equals_brute_force(granularity: str) -> None:
     """The partial runs that score a unit give what really dropping it gives, also after another one is gone."""
     program, ctx = traced("llama"), _calibration("llama")
-    units = find_units(program, granularity)
+    units = removable_units(structure(program), granularity)
     for dropped in ([], [units[1]]):
         left = [u for u in units if u not in dropped]
         scores = removal_loss(program, left, dropped, ctx)
@@ -167,7 +168,7 @@ def test_removal_loss_equals_brute_force(granularity: str) -> None:
 def test_greedy_takes_the_best_next_step() -> None:
     """Each removal of the greedy search is the cheapest one given those before it, by brute force."""
     program, ctx = traced("llama"), _calibration("llama")
-    count = len(find_units(program, "mlp"))
+    count = len(removable_units(structure(program), "mlp"))
     _, stats = _drop(program, DropLayers(ratio=2 / count, granularity="mlp", score="loss", greedy=True), ctx)
     gone: list[int] = []
     for chosen in stats.plan["removed"]:
