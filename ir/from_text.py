@@ -12,7 +12,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
@@ -289,11 +289,13 @@ class _Scope:
 
     def _checked(self, node: fx.Node, line: OperatorLine) -> Any:
         """The inferred value of a node; its type must be the declared one."""
+        declared = line.type.text
+        if any(name not in self.names for name in self.builder.unbacked_dims.intersection(_NAME.findall(declared))):
+            _forget_sizes(node)
         try:
             value = self.builder.inference.value(node)
         except GraphlatheError as error:
             line.place.fail(error.message)
-        declared = line.type.text
         self._bind(value, declared)
         # Data-dependent sizes without a name in the text: an assertion has fixed them, and numbers are written instead.
         unnamed = any(is_unbacked(s) and s not in self.builder.unbacked for s in symbols_of(value))
@@ -353,6 +355,15 @@ class _Scope:
                 self.env.size_like.add(expr)
 
 
+def _forget_sizes(node: fx.Node) -> None:
+    """Let a second reading of a tensor's data make a new symbol, as its name says, instead of the one remembered."""
+    for operand in node.all_input_nodes:
+        value = operand.meta.get("val")
+        if isinstance(value, FakeTensor):
+            value.item_memo = value.nonzero_memo = value.unique_memo = value.unique_consecutive_memo = None
+
+
+_NAME = re.compile(r"[A-Za-z_]\w*")
 _TENSOR = re.compile(r"([a-z]\w*)\[(.*)\]")
 
 

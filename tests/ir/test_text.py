@@ -21,6 +21,8 @@ from graphlathe.ir.rewrite import Rewriter
 from graphlathe.ir.text import parse_program, print_program
 from graphlathe.ir.verify import verify
 from graphlathe.ir.weights import Weight
+from graphlathe.passes.base import Context
+from graphlathe.passes.canonical.cse import CommonSubexpressions
 from graphlathe.tools import zoo
 from tests.strategies import feeds_of, programs
 from tests.zoo_programs import over_zoo, traced
@@ -104,6 +106,24 @@ def test_control_flow_and_data_dependent_sizes_round_trip(model: type[nn.Module]
         got = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs.values())
         want = [expected] if isinstance(expected, torch.Tensor) else list(expected)
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+class _ReadTwice(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, second = (x > 0).sum(), (x > 0).sum()
+        return torch.ones(first.item(), second.item())
+
+
+def test_two_readings_of_one_tensor_keep_their_two_names() -> None:
+    """As they are left by merging the two equal tensors, but not the sizes that were read from them."""
+    program = trace(_ReadTwice(), {"x": torch.randn(3, 4)})
+    CommonSubexpressions().run(program, Context())
+    items = [n for n in program.graph.nodes if "item" in str(n.target)]
+    assert len(items) == 2
+    assert items[0].args == items[1].args
+    again = parse_program(print_program(program), program.weights)
+    assert "f32[u0, u1]" in print_program(program)
+    assert_equal_programs(program, again, {"x": torch.ones(3, 4)})
 
 
 def test_golden_of_nested_graphs(golden: Callable[[str, str], None]) -> None:
