@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from rich.console import Group, RenderableType
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 from torch import fx
@@ -29,8 +30,12 @@ _STYLES = {
     "conv": "magenta",
     "mixer": "yellow",
 }
+_COLUMNS = ("", "operators", "parameters", "share", "MACs", "made of", "from")
+_TEXT_COLUMNS = 2
+_GAP = 2
 _BAR_WIDTH = 10
 _DETAIL_WIDTH = 76
+_LEAST_WIDTH = 12
 
 
 @dataclass
@@ -69,20 +74,40 @@ def tree(program: Program, title: str, sizes: dict[str, int]) -> RenderableType:
     sizes = with_defaults(sizes, program)
     ledger = _Ledger(program, sizes)
     parts = collapse(find_parts(program))
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim", show_footer=False)
-    table.add_column("", no_wrap=True)
-    for name in ("operators", "parameters"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("share", no_wrap=True)
-    table.add_column("MACs", justify="right", no_wrap=True)
-    table.add_column("made of", overflow="ellipsis", max_width=_DETAIL_WIDTH, no_wrap=True)
-    table.add_column("from", style="dim", no_wrap=True)
+    rows = _Rows([])
     whole = ledger.of(node for part in parts for node in part.all_nodes())
-    _add_rows(table, parts, "", ledger, max(program.parameter_count, 1), 1)
-    total = [Text("whole", style="bold"), f"{whole.nodes:,}", short(whole.params), "", short(whole.macs), "", ""]
-    table.add_row(*total)
+    _add_rows(rows, parts, "", ledger, max(program.parameter_count, 1))
+    total = (Text("whole", style="bold"), f"{whole.nodes:,}", short(whole.params), "", short(whole.macs), "", "")
+    rows.cells.append(total)
     peak = ledger.cost.peak_activation_bytes
-    return Group(_header(program, title, sizes, peak), Text(""), table, *_footnotes(program, parts, ledger))
+    return Group(_header(program, title, sizes, peak), Text(""), rows, *_footnotes(program, parts, ledger))
+
+
+@dataclass
+class _Rows:
+    """The lines of the tree. On a narrow terminal the numbers stay, and the columns of text shrink, then go."""
+
+    cells: list[tuple[Text | str, ...]]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        columns = list(zip(_COLUMNS, *self.cells, strict=True))
+        widths = [max(cell_len(str(cell)) for cell in column) for column in columns]
+        left = options.max_width - sum(width + _GAP for width in widths[:-_TEXT_COLUMNS])
+        widths[0] = max(widths[0] + min(left, 0), _LEAST_WIDTH)
+        # What a part is made of comes before where it is from.
+        widths[-2] = min(widths[-2], _DETAIL_WIDTH, left)
+        widths[-1] = min(widths[-1], left - widths[-2] - _GAP)
+        shown = [n for n, width in enumerate(widths) if n < len(columns) - _TEXT_COLUMNS or width >= _LEAST_WIDTH]
+        table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), header_style="dim")
+        for n in shown:
+            right = _COLUMNS[n] in ("operators", "parameters", "MACs")
+            style = "dim" if _COLUMNS[n] == "from" else None
+            table.add_column(
+                _COLUMNS[n], justify="right" if right else "left", no_wrap=True, width=widths[n], style=style
+            )
+        for row in self.cells:
+            table.add_row(*(row[n] for n in shown))
+        yield table
 
 
 def _header(program: Program, title: str, sizes: dict[str, int], peak: int) -> Text:
@@ -103,17 +128,16 @@ def _header(program: Program, title: str, sizes: dict[str, int], peak: int) -> T
     return text
 
 
-def _add_rows(table: Table, parts: Sequence[Part], indent: str, ledger: _Ledger, whole: int, times: int) -> None:
+def _add_rows(rows: _Rows, parts: Sequence[Part], indent: str, ledger: _Ledger, whole: int) -> None:
     for position, part in enumerate(parts):
         last = position == len(parts) - 1 and indent != ""
         guide, below = ("└─ ", "   ") if last else ("├─ ", "│  ")
-        repeats = times * part.times
         label = Text(indent + guide, style="dim")
         if part.times > 1:
             label.append(f"{part.times} x ", style="not dim bold")
         label.append(_label(part), style=f"not dim {_STYLES.get(part.kind, '')}")
         amounts = ledger.of(_with_copies(part))
-        table.add_row(
+        cells = (
             label,
             f"{amounts.nodes:,}",
             short(amounts.params) if amounts.params else "-",
@@ -122,7 +146,8 @@ def _add_rows(table: Table, parts: Sequence[Part], indent: str, ledger: _Ledger,
             describe_all(part.own) if not part.children else _each(part, ledger),
             _origins(part),
         )
-        _add_rows(table, _children(part), indent + below, ledger, whole, repeats)
+        rows.cells.append(cells)
+        _add_rows(rows, _children(part), indent + below, ledger, whole)
 
 
 def _children(part: Part) -> list[Part]:
