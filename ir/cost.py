@@ -300,7 +300,7 @@ class _Ledger:
     def _without_name(self, symbol: Any) -> None:
         """Note a symbol that is no named dimension: a size with a known example, or one that depends on data."""
         env = self._program.fake_mode.shape_env
-        hint = getattr(env, "backed_var_to_val", getattr(env, "var_to_val", {})).get(symbol)
+        hint = env.backed_var_to_val.get(symbol) if env is not None else None
         if hint is not None:
             self.defaults[symbol.name] = int(hint)
         elif symbol.name not in self.open:
