@@ -16,7 +16,7 @@ MIRROR := build/typecheck/graphlathe
 MIRRORED := graphlathe/__init__.py graphlathe/__main__.py graphlathe/py.typed ir kernels passes runtime tools
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full goldens lint format types bench clean
+.PHONY: help setup demo test test-slow test-full goldens lint format types bench clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 20
@@ -35,8 +35,10 @@ demo: $(STAMP) ## make a real language model smaller and compare (writes demo-ou
 test: $(STAMP) ## the quick tests
 	$(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadgroup
 
-test-full: $(STAMP) ## all tests
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+test-slow: $(STAMP) ## the others: the whole zoo through every pass and export, packaging
+	$(BIN)/python -m pytest -m slow -n $(JOBS) --dist loadgroup
+
+test-full: test test-slow ## all tests
 
 goldens: $(STAMP) ## rewrite tests/goldens/ from what the code prints now; read the diff before you commit it
 	$(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadgroup --update-goldens
