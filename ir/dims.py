@@ -121,12 +121,13 @@ class Dims:
             else:
                 fits = bool(unbound) or int(value) == int(got)
             if not fits:
+                again = f"trace again with dynamic={{'{name}': {{{axis}: 'NAME'}}}}"
                 raise InputError(
                     f"input '{name}' has size {int(got)} in dimension {axis}",
                     expected=f"{self.format(want)}"
                     + (f" = {int(value)}" if expr.free_symbols and not unbound else "")
                     + f", of shape {self._shape(declared)}",
-                    remedy="pass inputs of that size, or trace again with this dimension dynamic",
+                    remedy="pass inputs of that size" + ("" if expr.free_symbols else f", or {again}"),
                 )
 
     def _shape(self, declared: torch.Size | tuple[Size, ...]) -> str:

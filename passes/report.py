@@ -206,7 +206,8 @@ class Report:
 
     def _sizes_table(self, style: Any = None) -> Table:
         """The program's size at first, and after every pass that changed it."""
-        totals = dict(zip(("size after", *_SIZES), ("total", *_changes(self.before, self.after)), strict=True))
+        columns: list[str] = ["size after", *_SIZES]
+        totals = dict(zip(columns, ("total", *_changes(self.before, self.after)), strict=True))
         table = _table(totals, ("size after",), style)
         if self.before:
             _add_row(table, ("start", *_changes(self.before, self.before)))
