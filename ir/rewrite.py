@@ -279,6 +279,24 @@ def has_effect(node: fx.Node) -> bool:
     return False
 
 
+# What makes a random operator compute the same thing every time.
+_QUIET: dict[str, tuple[Any, ...]] = {"dropout_p": (0,), "dropout": (0,), "train": (False,), "training": (False,)}
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether two runs of a node on equal inputs may differ. Attention without dropout, say, is not random."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
+        return False
+    for index, parameter in enumerate(target._schema.arguments):
+        if parameter.name in _QUIET:
+            default = parameter.default_value if parameter.has_default_value() else None
+            value = node.args[index] if index < len(node.args) else node.kwargs.get(parameter.name, default)
+            if not isinstance(value, fx.Node) and value in _QUIET[parameter.name]:
+                return False
+    return True
+
+
 def check_same_type(old: fx.Node, new: fx.Node, pass_name: str) -> None:
     """Check that one value may stand for another: same dtype, rank, and sizes where both are plain numbers."""
     a, b = old.meta.get("val"), new.meta.get("val")
@@ -315,4 +333,5 @@ __all__ = [
     "has_effect",
     "infer",
     "is_op",
+    "is_random",
 ]

@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from ...ir.program import Program
-from ...ir.rewrite import Rewriter, has_effect
+from ...ir.rewrite import Rewriter, has_effect, is_random
 from ...ir.weights import FileSource, TensorSource, Weight
 from ..base import Context, Effect, Pass, Prop, Stats
 from .arguments import freeze, given
@@ -87,7 +87,7 @@ def node_key(node: fx.Node) -> Hashable | None:
         # Sizes of different tensors are one number where their expressions are equal.
         return "size", value.node.expr
     if isinstance(target, torch._ops.OpOverload):
-        if has_effect(node) or torch.Tag.nondeterministic_seeded in target.tags:
+        if has_effect(node) or is_random(node):
             return None
         arguments = given(node)
         if target in COMMUTATIVE and "alpha" not in arguments:

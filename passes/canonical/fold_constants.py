@@ -27,7 +27,7 @@ from torch.fx.node import map_arg
 
 from ...ir.errors import PostconditionError
 from ...ir.program import ORIGIN, Program
-from ...ir.rewrite import Rewriter, has_effect, is_op
+from ...ir.rewrite import Rewriter, has_effect, is_op, is_random
 from ...ir.weights import Weight
 from ..base import Context, Effect, Pass, Prop, Stats, option
 from .arguments import argument
@@ -189,8 +189,8 @@ class _Folder:
 def _pure(node: fx.Node) -> bool:
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
-        random = torch.Tag.nondeterministic_seeded in target.tags
-        return target.namespace == "aten" and not random and not has_effect(node) and not is_op(node, *_UNFIXED)
+        fixed = not is_random(node) and not has_effect(node) and not is_op(node, *_UNFIXED)
+        return target.namespace == "aten" and fixed
     return getattr(target, "__module__", "") in ("_operator", "torch", "math")
 
 

@@ -79,6 +79,18 @@ def test_random_operators_are_never_merged() -> None:
     assert stats.misses == {"may be random, or has an effect": 2}
 
 
+@pytest.mark.parametrize(("dropout", "hits"), [(0.0, 1), (0.1, 0)])
+def test_attention_is_random_only_with_dropout(dropout: float, hits: int) -> None:
+    class Twice(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            attention = nn.functional.scaled_dot_product_attention
+            return attention(x, x, x, dropout_p=dropout) + attention(x, x, x, dropout_p=dropout)
+
+    program = trace(Twice(), (torch.ones(1, 2, 4, 8),))
+    stats = CommonSubexpressions().run(program, Context())
+    assert (stats.hits, sum(stats.misses.values())) == (hits, 0 if hits else 2)
+
+
 def test_equal_sizes_of_different_tensors_are_one_number() -> None:
     text = (
         "program @main(%x: f32[B, S], %y: f32[B, S]) -> (%a, %b) {\n  dim B = 2 in [1, inf]\n  dim S = 5 in [1, inf]\n"
