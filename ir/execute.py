@@ -7,7 +7,7 @@ the node and its origin.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,6 +60,32 @@ def subgraph_module(name: str, subgraphs: Mapping[str, fx.Graph], weights: Mappi
     return fx.GraphModule(root, copy_graph(graph), class_name=name)
 
 
+def memory_of(value: Any) -> set[int]:
+    """Where a tensor's numbers lie; empty for what is no tensor."""
+    return {value.untyped_storage().data_ptr()} - {0} if isinstance(value, torch.Tensor) else set()
+
+
+def own_memory(values: Sequence[Any], held: Collection[int]) -> tuple[Any, ...]:
+    """Outputs that a caller may write into: contiguous, and sharing memory with nothing else.
+
+    In a functional graph a copy changes nothing, so passes remove copies; here those come back that a caller can see.
+
+    Args:
+        values: a graph's outputs.
+        held: the memory of its inputs and weights (`memory_of`).
+    """
+    taken = set(held)
+    owned: list[Any] = []
+    for value in values:
+        if isinstance(value, torch.Tensor) and value.layout is torch.strided:
+            value = value.contiguous()
+            if memory_of(value) & taken:
+                value = value.clone()
+            taken |= memory_of(value)
+        owned.append(value)
+    return tuple(owned)
+
+
 def needed(
     graph: fx.Graph, given: Collection[fx.Node] = (), alias: Mapping[fx.Node, fx.Node] | None = None
 ) -> set[fx.Node]:
@@ -88,6 +114,7 @@ def run_graph(
     observe: Observer | None = None,
     given: Mapping[fx.Node, Any] | None = None,
     alias: Mapping[fx.Node, fx.Node] | None = None,
+    held: set[int] | None = None,
 ) -> tuple[Any, ...]:
     """Run a graph.
 
@@ -102,9 +129,10 @@ def run_graph(
         observe: called with every node and its value, before the value may be freed.
         given: values that are known already; their nodes are not run.
         alias: nodes that take another, earlier node's value instead of being run.
+        held: collects the memory of inputs and weights, for `own_memory`.
 
     Returns:
-        The graph's outputs, in order.
+        The graph's outputs, in order. They may share memory with inputs, weights, and one another.
 
     Raises:
         GraphlatheError: an operator failed; the message names the node and where it came from.
@@ -143,6 +171,8 @@ def run_graph(
                         raise GraphlatheError(
                             f"{node.target} failed: {error}", node=node.name, origin=node.meta.get("origin")
                         ) from error
+            if held is not None and (node.op in ("placeholder", "get_attr") or node in given):
+                held |= memory_of(value)
             if observe is not None:
                 observe(node, value)
             env[node] = value

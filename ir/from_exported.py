@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 
+from .calling import key_text, leaf_paths
 from .clean import clean_capture
 from .copy_capture import copy_operators, enables_autocast
 from .dims import Dim, Dims, Guard
@@ -22,22 +23,6 @@ from .functionalize import functionalize
 from .program import ORIGIN, Entry, Program, StatePair
 from .rewrite import fake_weight
 from .weights import Weight
-
-
-def leaf_names(argument: str, value: Any) -> list[str]:
-    """Stable names of a (nested) argument's tensors: ``x``, or ``x.0.key``."""
-    paths, _ = pytree.tree_flatten_with_path(value)
-    return [
-        ".".join([argument, *(key_text(k) for k in path)]) for path, leaf in paths if isinstance(leaf, torch.Tensor)
-    ]
-
-
-def key_text(key: Any) -> str:
-    """One step of a path into a nested structure as text: a key, a field's name, or an index."""
-    for attribute in ("key", "name", "idx"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
 
 
 def from_exported(
@@ -115,7 +100,7 @@ class _Importer:
             self.graph,
             tuple(inputs),
             tuple(outputs),
-            arguments={name: tuple(port for _, port in leaves) for name, leaves in arguments.items() if leaves},
+            arguments={name: tuple(port for _, port in leaves) for name, leaves in arguments.items()},
             constants=constants,
             bare_output=outputs == ["output"],
         )
@@ -181,10 +166,8 @@ class _Importer:
         arguments: dict[str, list[tuple[str, str]]] = {}
         constants: dict[str, Any] = {}
         for name, value in [*zip(positional, args, strict=True), *kwargs.items()]:
-            paths, _ = pytree.tree_flatten_with_path(value)
             arguments[name] = []
-            for path, leaf in paths:
-                port = ".".join([name, *(key_text(k) for k in path)])
+            for port, leaf in leaf_paths(name, value):
                 if isinstance(leaf.spec.arg, ConstantArgument):
                     constants[port] = leaf.spec.arg.value
                 else:

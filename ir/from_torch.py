@@ -20,8 +20,9 @@ import torch
 import torch.utils._pytree as pytree
 from torch.export import ExportedProgram
 
+from .calling import leaf_names
 from .errors import GraphlatheError, ImportModelError, suggest
-from .from_exported import from_exported, leaf_names
+from .from_exported import from_exported
 from .program import Program
 
 Dynamic = Mapping[str, Mapping[int, Any]] | str | None
@@ -29,7 +30,7 @@ Dynamic = Mapping[str, Mapping[int, Any]] | str | None
 
 def trace(
     model: torch.nn.Module | ExportedProgram | str | Path,
-    example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | torch.Tensor | None = None,
     *,
     dynamic: Dynamic = None,
 ) -> Program:
@@ -37,8 +38,8 @@ def trace(
 
     Args:
         model: a module (traced in eval mode; its mode is restored), an ``ExportedProgram``, or a ``.pt2`` file.
-        example_inputs: a tuple (positional) or a dict (keyword). Only shapes and dtypes matter; nested structures of
-            tensors are allowed; other values are fixed.
+        example_inputs: a tuple (positional), a dict (keyword) or one tensor. Only shapes and dtypes matter;
+            nested structures of tensors are allowed; other values are fixed.
         dynamic: names of dynamic dimensions by input and axis, ``{"input_ids": {0: "B", 1: "S"}}`` (inputs that share
             a name share the size; a `torch.export.Dim` gives a range), or ``"auto"``: every dimension that the model
             lets be dynamic, or None: all sizes fixed.
@@ -49,6 +50,10 @@ def trace(
     Raises:
         ImportModelError: the model cannot be traced, or a named dimension cannot be dynamic.
     """
+    if dynamic is not None and isinstance(model, (str, Path, ExportedProgram)):
+        raise ImportModelError(
+            "dynamic= is for tracing a module", remedy="an exported program's dimensions were decided at its export"
+        )
     if isinstance(model, (str, Path)):
         return from_exported(load_pt2(Path(model)))
     if isinstance(model, ExportedProgram):
@@ -61,6 +66,13 @@ def trace(
     if example_inputs is None:
         raise ImportModelError(
             "tracing a module needs example_inputs", remedy="pass a tuple (positional) or a dict (keyword)"
+        )
+    if isinstance(example_inputs, torch.Tensor):
+        example_inputs = (example_inputs,)
+    if not isinstance(example_inputs, (Mapping, tuple, list)):
+        raise ImportModelError(
+            f"example_inputs is a {type(example_inputs).__name__}",
+            expected="a tuple (positional), a dict (keyword) or one tensor",
         )
     by_keyword = isinstance(example_inputs, Mapping)
     args: tuple[Any, ...] = () if by_keyword else tuple(example_inputs)

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import fx
 
+from .calling import check_complete, match_call
 from .dims import Dims, Size
 from .errors import InputError, suggest
-from .execute import Observer, copy_graph, run_graph
+from .execute import Observer, copy_graph, own_memory, run_graph
 from .weights import Weight
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class Entry:
         inputs: the inputs' names, in the order of the graph's placeholders.
         outputs: the outputs' names, in the order of the output node's arguments.
         arguments: the callable's own parameters in order, each with the inputs that its leaves became (one for a
-            tensor, several for a nested structure).
+            tensor, several for a nested structure, none for what tracing fixed).
         constants: arguments that tracing fixed (``use_cache=False``); a call may repeat them, not change them.
         dims: named dynamic dimensions, and the size guards.
         state: pairs of output and input that carry state.
@@ -120,6 +120,18 @@ class Entry:
         """An entry with a graph of its own (same values, same symbols)."""
         return replace(
             self, graph=copy_graph(self.graph), arguments=dict(self.arguments), constants=dict(self.constants)
+        )
+
+
+def check_program(value: Any) -> None:
+    """Refuse what is no program (a module, say) where one is needed.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if not isinstance(value, Program):
+        raise InputError(
+            f"got a {type(value).__name__}", expected="a Program", remedy="make one with trace(...) or load(...)"
         )
 
 
@@ -206,51 +218,20 @@ class Program:
         """Bytes of all used weights."""
         return sum(self.weights[name].nbytes for name in self.used_weights())
 
-    def feeds(self, *args: Any, entry: str = "main", **kwargs: Any) -> dict[str, Any]:
-        """Match a call's arguments with the entry's inputs, without checking shapes.
+    def feeds(self, /, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Match a call's arguments with the main entry's inputs, without checking shapes.
 
-        Accepts the traced callable's own arguments (nested structures included) or flat input names.
+        Accepts the traced callable's own arguments (nested structures included) or flat input names; a state that has a
+        first value may be left out.
 
         Raises:
             InputError: an argument is missing, unknown, given twice, or a fixed one is changed.
         """
-        target = self.entries[entry]
-        given: dict[str, Any] = {}
-        names = list(target.arguments) or list(target.inputs)
-        if len(args) > len(names):
-            raise InputError(
-                f"{len(args)} positional inputs given", expected=f"at most {len(names)}: {', '.join(names)}"
-            )
-        for name, value in [*zip(names, args, strict=False), *kwargs.items()]:
-            if name in target.constants:
-                if value != target.constants[name]:
-                    raise InputError(
-                        f"'{name}' was fixed to {target.constants[name]!r} by tracing",
-                        expected=f"{target.constants[name]!r} or nothing, not {value!r}",
-                        remedy="trace the model again with that value",
-                    )
-                continue
-            leaves = [v for v in pytree.tree_leaves(value) if v is not None]
-            ports = target.arguments.get(name, (name,) if name in target.inputs else None)
-            if ports is None:
-                known = [*names, *(i for i in target.inputs if i not in names)]
-                raise InputError(
-                    f"unknown input '{name}'{suggest(name, known)}", expected=f"inputs: {', '.join(known)}"
-                )
-            if len(leaves) != len(ports):
-                raise InputError(f"'{name}' holds {len(leaves)} tensors", expected=f"{len(ports)}: {', '.join(ports)}")
-            for port, leaf in zip(ports, leaves, strict=True):
-                if port in given:
-                    raise InputError(f"input '{port}' is given twice", expected="one value for each input")
-                given[port] = leaf
-        for pair in target.state:
+        given = match_call(self.main, args, kwargs)
+        for pair in self.main.state:
             if pair.input not in given and pair.initial is not None:
                 given[pair.input] = self.weights[pair.initial].tensor()
-        missing = [name for name in target.inputs if name not in given]
-        if missing:
-            raise InputError(
-                f"missing input {', '.join(repr(m) for m in missing)}", expected=f"inputs: {', '.join(target.inputs)}"
-            )
+        check_complete(self.main, given)
         return given
 
     def check_feeds(self, feeds: Mapping[str, Any], entry: str = "main") -> dict[str, int]:
@@ -295,7 +276,7 @@ class Program:
         given: Mapping[fx.Node, Any] | None = None,
         alias: Mapping[fx.Node, fx.Node] | None = None,
     ) -> dict[str, Any]:
-        """Run an entry on named inputs and return its named outputs.
+        """Run an entry on named inputs and return its named outputs, which own their memory.
 
         Args:
             feeds: a value for each input.
@@ -308,12 +289,13 @@ class Program:
         target = self.entries[entry]
         self.check_feeds(feeds, entry)
         by_target = {str(p.target): feeds[n] for n, p in zip(target.inputs, target.placeholders, strict=True)}
+        held: set[int] = set()
         values = run_graph(
-            target.graph, by_target, self.weights, self.subgraphs, observe=observe, given=given, alias=alias
+            target.graph, by_target, self.weights, self.subgraphs, observe=observe, given=given, alias=alias, held=held
         )
-        return dict(zip(target.outputs, values, strict=True))
+        return dict(zip(target.outputs, own_memory(values, held), strict=True))
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         """Run the main entry; returns the one tensor, or named `Outputs`, as the traced model did."""
         values = self.run(self.feeds(*args, **kwargs))
         return next(iter(values.values())) if self.main.bare_output else Outputs(values)

@@ -33,7 +33,7 @@ from .dims import Dims
 from .errors import GraphlatheError, suggest
 from .flow import Flow, tensor_of
 from .isomorphism import Hasher
-from .program import Program
+from .program import Program, check_program
 from .residual import Candidate, Unit, find_units
 from .sequential import join
 
@@ -158,8 +158,9 @@ def structure(program: Program, entry: str = "main") -> Structure:
         entry: which of its entries.
 
     Raises:
-        GraphlatheError: there is no such entry.
+        GraphlatheError: there is no such entry, or it is no program.
     """
+    check_program(program)
     if entry not in program.entries:
         known = list(program.entries)
         raise GraphlatheError(f"no entry '{entry}'{suggest(entry, known)}", expected=f"one of: {', '.join(known)}")

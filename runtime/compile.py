@@ -7,7 +7,7 @@ import inspect
 from typing import Any
 
 from ..ir.errors import GraphlatheError, suggest
-from ..ir.program import Program
+from ..ir.program import Program, check_program
 from .session import ProgramSession
 
 BACKENDS: dict[str, str] = {
@@ -31,6 +31,7 @@ def compile(program: Program, backend: str = "onnxruntime", *, entry: str = "mai
         GraphlatheError: the back end, the entry or an option is unknown, or the back end's package is missing.
         ExportError: the program cannot be exported to what the back end runs.
     """
+    check_program(program)
     if backend not in BACKENDS:
         raise GraphlatheError(
             f"unknown backend '{backend}'{suggest(backend, list(BACKENDS))}", expected=f"one of: {', '.join(BACKENDS)}"

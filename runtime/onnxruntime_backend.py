@@ -151,11 +151,13 @@ class OnnxFileSession(Session):
         assert self.runner is not None
         return self.runner.run(feeds, {})
 
-    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def __call__(self, /, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Run on inputs given in order, or by name."""
         if len(args) > len(self.inputs):
             raise InputError(f"{len(args)} positional inputs given", expected=f"at most {len(self.inputs)}")
-        return self.run({**dict(zip(self.inputs, args, strict=False)), **kwargs})
+        carried = {pair.input for pair in self.state}
+        order = sorted(self.inputs, key=lambda name: name in carried)  # what the session carries itself comes last
+        return self.run({**dict(zip(order, args, strict=False)), **kwargs})
 
     def close(self) -> None:
         """Free ONNX Runtime's session, and write its profile if asked."""

@@ -111,6 +111,8 @@ class Runner:
             )
         self._profile = profile is not None
         if profile is not None:
+            if not Path(profile).absolute().parent.is_dir():
+                raise GraphlatheError(f"option 'profile' is {profile!r}, whose folder does not exist")
             options.enable_profiling = True
             options.profile_file_prefix = str(profile)
         self._shared: list[Any] = []

@@ -10,6 +10,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+from ..ir.calling import match_call
 from ..ir.errors import GraphlatheError, InputError, suggest
 from ..ir.program import Entry, Outputs, Program, StatePair
 
@@ -45,7 +46,7 @@ class Session(ABC):
         """Compute the outputs, by name."""
 
     @abstractmethod
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         """Run on positional and keyword inputs."""
 
     def _initial(self, pair: StatePair) -> torch.Tensor | None:
@@ -124,15 +125,9 @@ class ProgramSession(Session):
         kept = [n for n, v in zip(self.entry.outputs, self.entry.output_values, strict=True) if v is not None]
         super().__init__(self.entry.inputs, kept, self.entry.state)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         """Run on the traced callable's own arguments; returns the one tensor, or named `Outputs`, as it did."""
-        names = list(self.entry.arguments) or list(self.entry.inputs)
-        given = {*names[: len(args)], *kwargs}
-        feeds = self.program.feeds(*args, entry=self.entry_name, **kwargs)
-        for pair in self.state:
-            if pair.input not in given:
-                del feeds[pair.input]
-        results = self.run(feeds)
+        results = self.run(match_call(self.entry, args, kwargs))
         return next(iter(results.values())) if self.entry.bare_output else Outputs(results)
 
     def _check(self, feeds: Mapping[str, Any]) -> dict[str, int]:

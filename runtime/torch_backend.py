@@ -9,6 +9,7 @@ import torch
 
 from ..ir.entry_module import EntryModule
 from ..ir.errors import GraphlatheError
+from ..ir.execute import memory_of, own_memory
 from ..ir.program import Program
 from .session import ProgramSession
 
@@ -38,12 +39,17 @@ class TorchSession(ProgramSession):
         module = EntryModule(program, self.entry).body.to(self.device)
         # Constants that creation operators place on the traced device would clash with inputs on another one.
         if self.device.type != "cpu":
-            _move_creation(module, self.device)
+            for part in module.modules():
+                if isinstance(part, torch.fx.GraphModule):
+                    _move_creation(part, self.device)
+        self._held = {place for buffer in module.buffers() for place in memory_of(buffer)}
         self._call: Any = torch.compile(module, dynamic=True) if compile else module
 
     def _execute(self, feeds: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -> dict[str, Any]:
         with torch.no_grad():
-            values = self._call(*[value.to(self.device) for value in feeds.values()])
+            moved = [value.to(self.device) for value in feeds.values()]
+            values = self._call(*moved)
+        values = own_memory(values, self._held.union(*map(memory_of, moved)))
         return {n: v for n, v in zip(self.entry.outputs, values, strict=True) if v is not None}
 
     def close(self) -> None:
@@ -53,7 +59,17 @@ class TorchSession(ProgramSession):
 
 
 def _move_creation(module: torch.fx.GraphModule, device: torch.device) -> None:
+    """Let creation operators (``arange``, ``full``) and copies to a device use this device."""
     for node in module.graph.nodes:
-        if isinstance(node.kwargs.get("device"), torch.device):
+        if not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        names = [argument.name for argument in node.target._schema.arguments]
+        if "device" not in names:
+            continue
+        position = names.index("device")
+        if position < len(node.args):
+            node.args = (*node.args[:position], device, *node.args[position + 1 :])
+        elif node.kwargs.get("device") is not None or "self" not in names:
+            # Without a device, what reads a tensor (``zeros_like``) follows it, and what reads none takes the CPU.
             node.kwargs = {**node.kwargs, "device": device}
     module.recompile()

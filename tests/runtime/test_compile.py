@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,11 @@ from graphlathe.ir.errors import ExportError, GraphlatheError, InputError
 from graphlathe.ir.from_torch import trace
 from graphlathe.ir.program import Outputs, Program
 from graphlathe.ir.weights import Weight
+from graphlathe.passes.optimize import optimize
 from graphlathe.runtime.compile import BACKENDS, compile
 from graphlathe.runtime.guards import UnreadableGuardError, holds
 from graphlathe.runtime.onnxruntime_backend import open_onnx
+from graphlathe.runtime.torch_backend import TorchSession
 
 RUNNING = ("onnxruntime", "torch")
 
@@ -207,6 +210,11 @@ def test_weights_outlive_the_program() -> None:
     assert torch.allclose(session(x), expected, rtol=1e-5)
 
 
+def test_a_profile_needs_a_folder(program: Program, tmp_path: Path) -> None:
+    with pytest.raises(GraphlatheError, match="whose folder does not exist"):
+        compile(program, "onnxruntime", profile=str(tmp_path / "nowhere" / "p"))
+
+
 def test_a_profile_is_written(program: Program, tmp_path: Path) -> None:
     session = compile(program, profile=str(tmp_path / "run"))
     session.run(inputs())
@@ -241,6 +249,51 @@ def test_state_is_carried_and_reset(backend: str) -> None:
     assert session.run({"x": x})[first].tolist() == [22, 24, 26]
 
 
+@pytest.mark.parametrize("backend", RUNNING)
+def test_state_without_a_first_value_is_given_once(backend: str) -> None:
+    program = trace(Counter(), {"x": torch.ones(3)})
+    [pair] = program.main.state
+    program.main.state = (replace(pair, initial=None),)
+    session = compile(program, backend)
+    x = torch.ones(3)
+    with pytest.raises(InputError, match=f"missing input '{pair.input}'"):
+        session(x)
+    assert session(x, **{pair.input: torch.zeros(3)})[0].tolist() == [2, 2, 2]
+    assert session(x)[0].tolist() == [4, 4, 4]
+
+
+class Placing(nn.Module):
+    """Creates tensors by name of a device, by default, and in the body of a condition."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def double(x: torch.Tensor) -> torch.Tensor:
+            return x * torch.full((3,), 2.0)
+
+        y = x + torch.zeros(3) + torch.arange(3, device="cpu")
+        return torch.cond(x.sum() > 0, double, lambda x: x - torch.ones(3), (y,))
+
+
+@pytest.mark.parametrize("canonical", [False, True])
+def test_creation_follows_the_device(canonical: bool) -> None:
+    """The device ``meta`` computes nothing, but complains of mixed devices as CUDA does."""
+    program = trace(Placing(), (torch.ones(3),))
+    if canonical:
+        program = optimize(program, passes="canonicalize")
+    session = TorchSession(program, "main", device="meta")
+    graphs = [m.graph for m in session._call.modules() if isinstance(m, torch.fx.GraphModule)]
+    assert len(graphs) == 3
+    created = [n for g in graphs for n in g.nodes if "full" in str(n.target) or "arange" in str(n.target)]
+    assert created and all(n.kwargs["device"] == torch.device("meta") for n in created)
+
+    class Straight(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + torch.zeros(3) + torch.arange(3)
+
+    straight = trace(Straight(), (torch.ones(3),))
+    straight = optimize(straight, passes="canonicalize") if canonical else straight
+    assert TorchSession(straight, "main", device="meta")(torch.ones(3)).device.type == "meta"
+
+
 def test_a_file_is_opened_with_its_state_and_guards(program: Program, tmp_path: Path) -> None:
     path = program.export_onnx(tmp_path / "m.onnx")
     with open_onnx(path, threads=1) as session:
@@ -254,6 +307,8 @@ def test_a_file_is_opened_with_its_state_and_guards(program: Program, tmp_path: 
             session.run({**inputs(), "x": torch.randn(2, 8, 7)})
     counter = trace(Counter(), {"x": torch.ones(3)})
     with open_onnx(counter.export_onnx(tmp_path / "state.onnx")) as session:
+        assert session(torch.ones(3)).popitem()[1].tolist() == [11, 11, 11]
+        session.reset()
         values = [next(iter(session.run({"x": torch.ones(3)}).values()))[0].item() for _ in range(2)]
         assert values == [22, 24]
 
