@@ -19,12 +19,11 @@ from ..ir.errors import InputError, PostconditionError, suggest
 from ..ir.program import Program
 from ..ir.verify import TOLERANCE, output_error
 from .base import Batch, Effect, Pass
-from .fidelity import Drift, measure_drift
+from .fidelity import Drift, measure_drift, seeded
 from .progress import Progress
 from .report import Row
 
 BUDGETS = ("drift", "kl", "relative", "top1")
-_SEED = 0
 
 
 class Contract:
@@ -94,8 +93,8 @@ class Contract:
         if not row.mutations:
             row.error = 0.0
             return
-        expected = self._outputs if self._outputs is not None else _seeded(lambda: before.run(self._given()))
-        actual = _seeded(lambda: pass_.call_as_before(before, program, self._given()))
+        expected = self._outputs if self._outputs is not None else seeded(lambda: before.run(self._given()))
+        actual = seeded(lambda: pass_.call_as_before(before, program, self._given()))
         row.error, row.tolerance = 0.0, 0.0
         for name, want in expected.items():
             if name not in actual:
@@ -131,7 +130,7 @@ class Contract:
             return
 
         def run(batch: Batch) -> Mapping[str, Any]:
-            return _seeded(lambda: pass_.call_as_before(before, program, batch))
+            return pass_.call_as_before(before, program, batch)
 
         row.drift = measure_drift(run, before, self.batches, source=self.source, progress=self.progress)
         row.total_drift = row.drift
@@ -168,19 +167,14 @@ def checked_budget(budget: Mapping[str, float] | None) -> dict[str, float]:
     Raises:
         InputError: they do not.
     """
+    if budget is not None and not isinstance(budget, Mapping):
+        raise InputError(f"the budget is a {type(budget).__name__}", expected="a dict such as {'drift': 0.1}")
     for key, limit in (budget or {}).items():
         if key not in BUDGETS:
             raise InputError(f"unknown budget '{key}'{suggest(key, BUDGETS)}", expected=f"any of: {', '.join(BUDGETS)}")
         if not isinstance(limit, (int, float)) or math.isnan(limit) or limit < 0:
             raise InputError(f"the budget for '{key}' is {limit!r}", expected="a number of at least 0")
     return dict(budget or {})
-
-
-def _seeded(run: Any) -> Any:
-    """Run with fixed random numbers, so that a model that draws some answers the same twice."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_SEED)
-        return run()
 
 
 def _tolerance(value: Any) -> float:

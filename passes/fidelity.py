@@ -8,7 +8,7 @@ Three measures, summed over batches so that no batch's outputs are kept:
 
 Nothing in a graph says that an output is logits, so this is decided by name and shape, see `logits_outputs`. Where no
 output looks like logits, only ``relative`` is measured. Positions that an ``attention_mask`` of the same shape hides
-count in none of the logits measures.
+count in none of the logits measures (`position_mask`). Random operators draw the same numbers in both.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ MIN_UNNAMED_CLASSES = 8
 
 _ROWS_AT_A_TIME = 4 << 20  # elements; float64 copies of a whole vocabulary times a long sequence would not fit
 _MASK = "attention_mask"
+_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -95,14 +96,14 @@ class DriftMeter:
         self,
         changed: Mapping[str, Any],
         reference: Mapping[str, Any],
-        mask: torch.Tensor | None = None,
+        batch: Mapping[str, Any] | None = None,
     ) -> None:
         """Add one batch.
 
         Args:
             changed: outputs of the changed program, by name.
             reference: outputs of the program it is compared with.
-            mask: which positions count (non-zero), shaped like the logits without their last dimension.
+            batch: the inputs they answer; a mask among them says which positions of the logits count.
         """
         self.batches += 1
         for name, want in reference.items():
@@ -116,12 +117,12 @@ class DriftMeter:
             self._error[name] = self._error.get(name, 0.0) + error
             self._norm[name] = self._norm.get(name, 0.0) + norm
         for name in logits_outputs(reference):
-            self._add_logits(changed[name], reference[name], mask)
+            self._add_logits(changed[name], reference[name], position_mask(batch or {}, reference[name].shape[:-1]))
 
     def _add_logits(self, changed: torch.Tensor, reference: torch.Tensor, mask: torch.Tensor | None) -> None:
         width = reference.shape[-1]
         got, want = changed.reshape(-1, width), reference.reshape(-1, width)
-        if mask is not None and mask.shape == reference.shape[:-1]:
+        if mask is not None:
             kept = mask.reshape(-1) != 0
             got, want = got[kept], want[kept]
         step = max(1, _ROWS_AT_A_TIME // width)
@@ -136,10 +137,9 @@ class DriftMeter:
 
     def result(self) -> Drift:
         """What was measured so far."""
-        relative = max(
-            (_ratio(self._error[name], self._norm[name]) for name in self._error),
-            default=0.0,
-        )
+        ratios = [_ratio(self._error[name], self._norm[name]) for name in self._error]
+        # `max` would lose a NaN that does not come first.
+        relative = math.nan if any(map(math.isnan, ratios)) else max(ratios, default=0.0)
         if not self._positions:
             return Drift(relative, batches=self.batches, source=self.source)
         kl = max(self._kl / self._positions, 0.0) if not math.isnan(self._kl) else math.nan
@@ -153,7 +153,7 @@ def _ratio(error: float, norm: float) -> float:
 
 
 def squared_error(got: torch.Tensor, want: torch.Tensor) -> tuple[float, float]:
-    """``(|got - want|^2, |want|^2)`` in float64; entries that are equal (infinities included) differ by nothing."""
+    """``(|got - want|^2, |want|^2)`` in float64; equal entries (infinities and NaNs included) differ by nothing."""
     if got.shape != want.shape:
         return math.inf, 1.0
     if want.is_complex():
@@ -165,18 +165,51 @@ def squared_error(got: torch.Tensor, want: torch.Tensor) -> tuple[float, float]:
             got[start : start + _ROWS_AT_A_TIME].double(),
             want[start : start + _ROWS_AT_A_TIME].double(),
         )
-        difference = torch.where(a == b, 0.0, a - b)
+        difference = torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, a - b)
         error += float(difference.square().sum())
         norm += float(torch.where(b.isfinite(), b, 0.0).square().sum())
     return error, norm
 
 
-def output_distance(changed: Mapping[str, Any], reference: Mapping[str, Any]) -> float:
+def position_mask(batch: Mapping[str, Any], shape: Sequence[int], *, inside: bool = False) -> torch.Tensor | None:
+    """Which positions of ``[batch, tokens]`` count: the ``attention_mask`` of that shape; None where all do.
+
+    A model with a decoder of its own (inputs called ``decoder_...``) has two kinds of positions, which equal shapes
+    would confuse: there, outputs are masked by the ``decoder_attention_mask``, and values inside by nothing.
+
+    Args:
+        batch: the inputs.
+        shape: of the value without its last dimension.
+        inside: whether the value is one inside the model, rather than an output.
+    """
+    two = any(name.startswith("decoder_") for name in batch)
+    mask = None if two and inside else batch.get(f"decoder_{_MASK}" if two else _MASK)
+    return mask if isinstance(mask, torch.Tensor) and mask.shape == torch.Size(shape) else None
+
+
+def seeded(run: Callable[[], Any]) -> Any:
+    """Run with fixed random numbers, so that a model that draws some answers the same twice; the caller's stay."""
+    # Seeding through `torch.manual_seed` would reach every device, forked or not.
+    on_gpu = torch.cuda.is_initialized()
+    with torch.random.fork_rng(devices=list(range(torch.cuda.device_count())) if on_gpu else []):
+        torch.default_generator.manual_seed(_SEED)
+        if on_gpu:
+            torch.cuda.manual_seed_all(_SEED)
+        return run()
+
+
+def output_distance(
+    changed: Mapping[str, Any], reference: Mapping[str, Any], batch: Mapping[str, Any] | None = None
+) -> float:
     """One number for ranking candidates: mean KL divergence where an output looks like logits, else the relative
     squared error of the worst output.
+
+    Args:
+        changed, reference: outputs by name.
+        batch: the inputs they answer, for their mask.
     """
     meter = DriftMeter()
-    meter.add(changed, reference)
+    meter.add(changed, reference, batch)
     drift = meter.result()
     return drift.relative**2 if drift.kl is None else drift.kl
 
@@ -200,5 +233,6 @@ def measure_drift(
     """
     meter = DriftMeter(source)
     for batch in progress(batches, len(batches), "drift"):
-        meter.add(run(batch), reference.run(batch), batch.get(_MASK))
+        changed, wanted = seeded(lambda batch=batch: run(batch)), seeded(lambda batch=batch: reference.run(batch))
+        meter.add(changed, wanted, batch)
     return meter.result()

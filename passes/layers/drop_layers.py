@@ -12,6 +12,7 @@ Source: ShortGPT (Men et al. 2024, arXiv 2403.03853), which scores a block by it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -61,13 +62,8 @@ class DropLayers(Pass):
                 remedy="for example drop-layers{ratio=0.2}",
             )
 
-    @property
-    def needs_data(self) -> bool:
-        """Whether these options choose by score, so that calibration data is needed."""
-        return self.indices is None and self.ratio != 0
-
     def check(self, program: Program, ctx: Context) -> None:
-        """Refuse programs without units, indices that cannot be dropped, and scoring without data."""
+        """Refuse programs without units, and indices that cannot be dropped."""
         units = removable_units(ctx.structure(program), self.granularity)
         if not units:
             raise PreconditionError(
@@ -86,12 +82,6 @@ class DropLayers(Pass):
                     pass_name=self.name,
                     node=units[index].replaced.name,
                 )
-        if self.needs_data and not ctx.calibration:
-            raise PreconditionError(
-                f"the score '{self.score}' needs calibration data",
-                pass_name=self.name,
-                remedy="pass calibration= (or --calibration), or name the blocks with indices=",
-            )
 
     def run(self, program: Program, ctx: Context) -> Stats:
         """Choose the units, replace each by the value before it, and erase what nothing reads any more."""
@@ -109,9 +99,8 @@ class DropLayers(Pass):
         stats.hits = len(chosen)
         stats.plan = self._plan(units, chosen, scores)
         if not chosen and self.indices != ():
-            stats.notes.append(
-                f"nothing to remove: {len(units)} units of kind '{self.granularity}', ratio {self.ratio}"
-            )
+            why = "they fit the target" if self.ratio is None else f"ratio {self.ratio}"
+            stats.notes.append(f"nothing to remove: {len(units)} units of kind '{self.granularity}', {why}")
         return stats
 
     def _choose(self, program: Program, units: Sequence[Unit], ctx: Context) -> tuple[list[Unit], Scores]:
@@ -131,7 +120,7 @@ class DropLayers(Pass):
             if not left:
                 break
             if self.greedy or not scores:
-                scores |= SCORES[self.score](program, left, chosen, ctx)
+                scores |= self._scored(program, left, chosen, ctx)
             chosen.append(min(left, key=lambda unit: scores[unit.index]))
         if self.ratio is None and not self._fits(program, chosen):
             raise PreconditionError(
@@ -140,6 +129,24 @@ class DropLayers(Pass):
                 expected=f"at most {self.target_params or self.target_bytes:,}",
             )
         return chosen, scores
+
+    def _scored(self, program: Program, left: Sequence[Unit], chosen: Sequence[Unit], ctx: Context) -> Scores:
+        if not ctx.calibration:
+            raise PreconditionError(
+                f"the score '{self.score}' needs calibration data",
+                pass_name=self.name,
+                remedy="pass calibration= (or --calibration), or name the blocks with indices=",
+            )
+        scores = SCORES[self.score](program, left, chosen, ctx)
+        for unit in left:
+            if math.isnan(scores[unit.index]):
+                raise PreconditionError(
+                    f"the score '{self.score}' of {unit.label} is not a number",
+                    pass_name=self.name,
+                    node=unit.replaced.name,
+                    remedy="look for NaN or infinity in the calibration data and the weights",
+                )
+        return scores
 
     def _fits(self, program: Program, chosen: Sequence[Unit]) -> bool:
         target = self.target_params or self.target_bytes

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -16,19 +17,23 @@ from torch import fx
 
 from ...ir.program import Program
 from ..base import Batch, Context
-from ..fidelity import output_distance
+from ..fidelity import output_distance, position_mask, seeded
 from .units import Unit, replacements
 
 Scores = dict[int, float]
 Score = Callable[[Program, Sequence[Unit], Collection[Unit], Context], Scores]
 
 
-def _cosine(before: torch.Tensor, after: torch.Tensor) -> tuple[float, int]:
-    """Sum and count of cosine similarities in float64: per token for [batch, tokens, width], per example otherwise."""
-    width_dims = -1 if before.dim() == 3 else 1
-    a = before.double().flatten(1) if before.dim() != 3 else before.double()
-    b = after.double().flatten(1) if after.dim() != 3 else after.double()
-    cosine = torch.nn.functional.cosine_similarity(a, b, dim=width_dims)
+def _cosine(before: torch.Tensor, after: torch.Tensor, batch: Batch) -> tuple[float, int]:
+    """Sum and count of cosine similarities in float64: per token that no mask hides for [batch, tokens, width], per
+    example otherwise (a stream without a batch dimension is one example).
+    """
+    if before.dim() < 2:
+        before, after = before.reshape(1, -1), after.reshape(1, -1)
+    mask = position_mask(batch, before.shape[:2], inside=True) if before.dim() == 3 else None
+    a, b = (v.double() if v.dim() == 3 else v.double().flatten(1) for v in (before, after))
+    cosine = torch.nn.functional.cosine_similarity(a, b, dim=-1)
+    cosine = cosine if mask is None else cosine[mask != 0]
     return float(cosine.sum()), cosine.numel()
 
 
@@ -54,15 +59,18 @@ def block_influence(program: Program, units: Sequence[Unit], dropped: Collection
     for batch in ctx.progress(batches, len(batches), "block influence"):
         stream: dict[fx.Node, torch.Tensor] = {}
 
-        def observe(node: fx.Node, value: Any, stream: dict[fx.Node, torch.Tensor] = stream) -> None:
+        def observe(
+            node: fx.Node, value: Any, stream: dict[fx.Node, torch.Tensor] = stream, batch: Batch = batch
+        ) -> None:
             if node in watched:
                 stream[node] = value
             for unit in by_end.get(node, ()):
-                total, count = _cosine(stream[unit.by], value)
+                total, count = _cosine(stream[unit.by], value, batch)
                 sums[unit.index] += total
                 counts[unit.index] += count
 
-        program.run(program.feeds(**batch), observe=observe, alias=replacements(dropped))
+        feeds = program.feeds(**batch)
+        seeded(lambda feeds=feeds, observe=observe: program.run(feeds, observe=observe, alias=replacements(dropped)))
     return {index: 1.0 - sums[index] / max(counts[index], 1) for index in sums}
 
 
@@ -82,20 +90,25 @@ def removal_loss(program: Program, units: Sequence[Unit], dropped: Collection[Un
     work = [(batch, unit) for batch in batches for unit in units]
     current: Batch | None = None
     reference: Mapping[str, Any] = {}
+    sound = True
     stream: dict[fx.Node, torch.Tensor] = {}
     for batch, unit in ctx.progress(work, len(work), "removal loss"):
         feeds = program.feeds(**batch)
         if batch is not current:
             current, stream = batch, {}
-            reference = program.run(feeds)
+            reference = seeded(lambda feeds=feeds: program.run(feeds))
+            sound = not any(isinstance(v, torch.Tensor) and bool(v.isnan().any()) for v in reference.values())
 
             def observe(node: fx.Node, value: Any, stream: dict[fx.Node, torch.Tensor] = stream) -> None:
                 if node in watched:
                     stream[node] = value
 
-            program.run(feeds, observe=observe, alias=alias)
-        outputs = program.run(feeds, given={unit.replaced: stream[unit.by]}, alias=_without(alias, unit.replaced))
-        totals[unit.index] += output_distance(outputs, reference)
+            seeded(lambda feeds=feeds, observe=observe: program.run(feeds, observe=observe, alias=alias))
+        given, others = {unit.replaced: stream[unit.by]}, _without(alias, unit.replaced)
+        outputs = seeded(lambda f=feeds, g=given, a=others: program.run(f, given=g, alias=a))
+        distance = output_distance(outputs, reference, batch)
+        # A removal that breaks a sound model is the worst of all; without a sound model no distance means anything.
+        totals[unit.index] += math.inf if sound and math.isnan(distance) else distance
     return {index: total / max(len(batches), 1) for index, total in totals.items()}
 
 

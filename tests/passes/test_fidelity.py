@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
+from graphlathe.ir.from_torch import trace
 from graphlathe.passes import fidelity
-from graphlathe.passes.fidelity import DriftMeter, logits_outputs, output_distance
+from graphlathe.passes.fidelity import DriftMeter, logits_outputs, measure_drift, output_distance, position_mask
 
 
 def meter(
@@ -16,7 +17,7 @@ def meter(
 ) -> DriftMeter:
     made = DriftMeter()
     for changed, reference in pairs:
-        made.add({name: changed}, {name: reference}, mask)
+        made.add({name: changed}, {name: reference}, {} if mask is None else {"attention_mask": mask})
     return made
 
 
@@ -111,3 +112,39 @@ def test_distance_for_ranking() -> None:
 def test_text() -> None:
     assert str(meter((torch.zeros(1, 4), torch.zeros(1, 4))).result()) == "KL 0, top-1 100.0%"
     assert str(meter((torch.ones(1), torch.ones(1)), name="y").result()) == "rel 0"
+
+
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_a_nan_in_any_output_is_not_lost(order: str) -> None:
+    reference = {name: torch.ones(3) for name in order}
+    changed = {"a": torch.full((3,), 1.1), "b": torch.full((3,), math.nan)}
+    made = DriftMeter()
+    made.add({name: changed[name] for name in order}, reference)
+    assert math.isnan(made.result().relative)
+
+
+def test_equal_nans_differ_by_nothing() -> None:
+    value = torch.tensor([1.0, math.nan, math.inf])
+    assert meter((value, value), name="y").result().relative == 0
+
+
+def test_a_decoder_has_a_mask_of_its_own() -> None:
+    ours, theirs = torch.tensor([[1, 0, 0]]), torch.tensor([[1, 1, 0]])
+    batch = {"attention_mask": ours, "decoder_input_ids": torch.zeros(1, 3), "decoder_attention_mask": theirs}
+    assert position_mask(batch, (1, 3)) is theirs
+    assert position_mask(batch, (1, 3), inside=True) is None
+    assert position_mask({"attention_mask": ours}, (1, 3), inside=True) is ours
+    assert position_mask({"attention_mask": ours}, (1, 4)) is None
+
+
+def test_random_models_draw_alike_and_the_callers_numbers_stay() -> None:
+    class Noisy(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + torch.rand_like(x)
+
+    program = trace(Noisy(), (torch.zeros(4, 9),))
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    drift = measure_drift(program.clone().run, program, [{"x": torch.zeros(4, 9)}] * 2)
+    assert (drift.relative, drift.kl) == (0, 0)
+    assert torch.equal(torch.get_rng_state(), state)

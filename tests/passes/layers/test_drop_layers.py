@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 from graphlathe.ir.errors import PipelineError, PreconditionError
+from graphlathe.ir.from_torch import trace
 from graphlathe.ir.program import Program
 from graphlathe.ir.structure import structure
 from graphlathe.ir.verify import relative_error, verify
+from graphlathe.ir.weights import Weight
 from graphlathe.passes.base import Context
 from graphlathe.passes.fidelity import output_distance
 from graphlathe.passes.layers.drop_layers import DropLayers
@@ -223,3 +225,78 @@ def test_mistakes_say_what_to_do() -> None:
 def test_a_model_without_residual_stream_is_refused() -> None:
     """No silent no-op."""
     assert "residual stream" in _mistake(lambda: DropLayers(indices=(0,)), "plain_lstm")
+
+
+@pytest.mark.parametrize("score", ["block-influence", "loss"])
+def test_scores_that_are_not_numbers_choose_nothing(score: str) -> None:
+    case = DropLayers.planted()
+    program = case.program.clone()
+    name = next(n for n in sorted(program.used_weights()) if program.weights[n].dtype.is_floating_point)
+    program.weights[name] = Weight.from_tensor(torch.full(program.weights[name].shape, torch.nan))
+    with pytest.raises(PreconditionError, match="is not a number"):
+        _drop(program, DropLayers(ratio=0.25, score=score), Context(calibration=case.calibration))
+
+
+def test_a_removal_that_breaks_the_model_is_the_worst() -> None:
+    """Block 0 keeps the stream positive, so that the square root at the end is a number."""
+
+    class Rooted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lift, self.a, self.b = (nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x + 9 * torch.sigmoid(self.lift(x))
+            x = x + torch.sigmoid(self.a(x))
+            x = x + torch.sigmoid(self.b(x))
+            return torch.sqrt(x)
+
+    torch.manual_seed(0)
+    example = -torch.ones(1, 3, 4)
+    program = trace(Rooted(), (example,))
+    units = removable_units(structure(program), "block")
+    scores = removal_loss(program, units, (), Context(calibration=[{"x": example}]))
+    assert scores[0] == torch.inf and all(scores[i] < torch.inf for i in scores if i)
+
+
+@pytest.mark.parametrize("score", [block_influence, removal_loss])
+def test_hidden_tokens_have_no_say(score: Any) -> None:
+    inputs = zoo.get("llama").example()
+    mask = torch.ones_like(inputs["input_ids"])
+    program = trace(module("llama"), {**inputs, "attention_mask": mask})
+    units = removable_units(structure(program), "block")
+    mask[:, -3:] = 0
+    other = torch.where(mask != 0, inputs["input_ids"], (inputs["input_ids"] + 1) % 7)
+    scores = [
+        score(program, units, (), Context(calibration=[{"input_ids": ids, "attention_mask": mask}]))
+        for ids in (inputs["input_ids"], other)
+    ]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-6)
+    unmasked = score(program, units, (), Context(calibration=[{"input_ids": other, "attention_mask": mask * 0 + 1}]))
+    assert unmasked != pytest.approx(scores[0], rel=1e-3)
+
+
+def test_a_target_that_is_met_needs_no_data() -> None:
+    _, stats = _drop(traced("llama"), DropLayers(target_params=10**12))
+    assert stats.hits == 0 and "they fit the target" in stats.notes[0]
+
+
+def test_a_stream_without_a_batch_dimension_is_scored() -> None:
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(5, 5) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                x = x + torch.relu(layer(x))
+            return x
+
+    torch.manual_seed(0)
+    model, x = Flat(), torch.randn(5)
+    program = trace(model, (x,))
+    units = removable_units(structure(program), "block")
+    scores = block_influence(program, units, (), Context(calibration=[{"x": x}]))
+    with torch.no_grad():
+        after = x + torch.relu(model.layers[0](x))
+    assert scores[0] == pytest.approx(1 - float(torch.cosine_similarity(x, after, dim=0)), rel=1e-5)
