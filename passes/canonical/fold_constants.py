@@ -6,7 +6,7 @@
     ... %m ...                              ... %0 ...
 
 Bounded in size: a result may take at most ``max_bytes``, and never more than the weights that it replaces unless it is
-tiny; nothing on the way there may be large either. Views, casts and scalings of a weight that nothing else reads become
+tiny; nothing on the way there may be large either. Views and casts of a weight that nothing else reads become
 lazy weights at any size: nothing is computed. Quantised storage (8-bit and smaller) is not expanded: a model that came
 with it keeps it. Random and effectful operators stay, and so do ``full``, ``zeros``, ``ones`` on their own: they are
 constants in their shortest form.

@@ -278,7 +278,10 @@ def _with_literal(rewriter: Rewriter, node: fx.Node) -> Replacement:
     neutral = is_op(node, aten.logical_and, aten.bitwise_and, aten.__and__)
     a, b = node.args[:2]
     for literal, other in ((a, b), (b, a)):
-        if isinstance(other, fx.Node) and same_type(other.meta["val"], node.meta["val"]) and _all_are(literal, neutral):
+        if not isinstance(other, fx.Node) or not same_type(other.meta["val"], node.meta["val"]):
+            continue
+        # To an integer, true is 1: only its lowest bit would stay.
+        if _all_are(literal, neutral) and (not neutral or other.meta["val"].dtype is torch.bool):
             return other
     return None
 

@@ -89,6 +89,8 @@ def _rsub(rewriter: Rewriter, node: fx.Node) -> fx.Node | None:
     source, number = node.args[0], node.args[1]
     if argument(node, "alpha") != 1 or not isinstance(source, fx.Node) or isinstance(number, fx.Node):
         return None
+    if source.meta["val"].dtype != node.meta["val"].dtype:
+        return None  # ``1.0 - x`` of small integers: they would wrap around before they become floats
     with rewriter.before(node):
         negated = rewriter.call(aten.neg.default, source, like=node)
     return _new(rewriter, node, aten.add.Tensor, negated, number)
@@ -257,7 +259,6 @@ _SYNONYMS = {
     aten.less_equal: aten.le,
     aten.not_equal: aten.ne,
     aten.clip: aten.clamp,
-    aten.swapaxes: aten.transpose,
     aten.arccos: aten.acos,
     aten.arcsin: aten.asin,
     aten.arctan: aten.atan,

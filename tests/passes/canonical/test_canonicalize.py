@@ -48,6 +48,7 @@ SPELLINGS: dict[str, tuple[tuple[str, ...], list[str]]] = {
 }
 KEPT: dict[str, tuple[str, ...]] = {
     "reverse subtraction with a factor": (f"aten.rsub.Scalar(%x, 1.5, 2) : {F}",),
+    "float minus integer": ("aten.rsub.Scalar(%i, 1.5) : f32[B, 4]",),
     "reflection": ('aten.pad(%x, [1, 0], "reflect") : f32[B, 5]',),
 }
 

@@ -93,6 +93,7 @@ MISSES: dict[str, tuple[str, ...]] = {
     "one over x": (f"aten.pow.Scalar(1, %x) : {F}",),
     "a roll keeps the shape only": (f"aten.roll(%x, [1], [1]) : {F}",),
     "and false": ("aten.full([], False) : bool[]", f"aten.logical_and(%0, %m) : {M}"),
+    "integer and true keeps one bit": ("aten.full([], True) : bool[]", f"aten.bitwise_and.Tensor(%i, %0) : {I64}"),
     "one of two transposes": ("aten.transpose.int(%x, 0, 1) : f32[4, B]",),
 }
 
