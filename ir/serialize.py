@@ -87,7 +87,8 @@ def save(program: Program, path: Path) -> Path:
             numbers, or the disk is full; nothing is left behind then.
     """
     path = Path(os.path.abspath(path))
-    _check_target(program, path)
+    check_target(path)
+    _check_weights(program, path)
     text = print_program(program, origins=True)
     stored, manifest = _plan(program)
     try:
@@ -143,9 +144,17 @@ def is_saved_program(path: Path) -> bool:
     return (path / GRAPH).is_file() and (path / MANIFEST).is_file()
 
 
-def _check_target(program: Program, path: Path) -> None:
+def check_target(path: Path) -> None:
+    """Whether a program may be saved there.
+
+    Raises:
+        ExportError: it exists, and is neither empty nor a saved program.
+    """
     if path.exists() and not (path.is_dir() and (is_saved_program(path) or not any(path.iterdir()))):
         raise ExportError(f"'{path}' exists and is no saved program", remedy="choose another folder, or remove it")
+
+
+def _check_weights(program: Program, path: Path) -> None:
     for name in sorted(program.used_weights()):
         weight = program.weights.get(name)
         if weight is None:

@@ -19,9 +19,8 @@ _NAMES = {
     "Repeat": "pipeline",
     "parse_pipeline": "pipeline",
     "PassManager": "manager",
-    "bisect": "bisect",
+    "bisect": "bisection",
     "Report": "report",
-    "optimize": "optimize",
     "Optimized": "optimize",
     "register": "registry",
 }

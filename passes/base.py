@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self, get_args, get_origin, get_type_hints
 
+import numpy as np
+
 from ..ir.errors import PipelineError, suggest
 from ..ir.program import Program
 
@@ -265,6 +267,8 @@ def _coerced(where: str, kind: Any, value: Any) -> Any:
     if get_origin(kind) is tuple:
         items = value if isinstance(value, (tuple, list, range)) else (value,)
         return tuple(_coerced(where, get_args(kind)[0], item) for item in items)
+    if isinstance(value, np.generic):
+        value = value.item()
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):

@@ -13,7 +13,9 @@ from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from safetensors.torch import save_file
 from torch import fx
 
 from ..ir.errors import ExportError, GraphlatheError
@@ -21,6 +23,9 @@ from ..ir.program import Program
 from ..ir.text import print_program
 from .base import Pass
 from .report import Row
+
+if TYPE_CHECKING:
+    from .manager import PassManager
 
 
 @dataclass
@@ -34,6 +39,7 @@ class Event:
         rest: the pipeline from this pass on, as text.
         row: what is known for the report so far.
         before: a copy of the program before the pass; None in `Instrument.before_pass`.
+        manager: what runs the pipeline, with its data and settings.
     """
 
     index: int
@@ -42,6 +48,7 @@ class Event:
     rest: str
     row: Row
     before: Program | None = None
+    manager: PassManager | None = None
 
 
 class Instrument:
@@ -117,7 +124,7 @@ class Diff(Instrument):
 
     def before_pass(self, event: Event) -> bool:
         """Remember the text."""
-        if self._last is None:
+        if self._last is None or event.index == 1:
             self._last = print_program(event.program, history=False)
         return True
 
@@ -162,8 +169,9 @@ class Disable(Instrument):
 class Reproducer(Instrument):
     """On failure, writes a folder from which the failing step runs again.
 
-    ``program/`` is the program before the failing pass (its weights included), ``pipeline.txt`` that pass and what was
-    to follow, ``error.txt`` the message, ``command.txt`` the command that runs it again.
+    ``program/`` is the program before the failing pass (its weights included), ``calibration/`` the data,
+    ``pipeline.txt`` that pass and what was to follow, ``error.txt`` the message, ``command.txt`` the command that runs
+    it again. The example inputs of that run have the sizes of the first one's, and random numbers.
     """
 
     folder: Path
@@ -173,7 +181,8 @@ class Reproducer(Instrument):
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             saved = (event.before or event.program).save(self.folder / "program")
-            command = f"graphlathe optimize {shlex.quote(str(saved))} -p {shlex.quote(event.rest)} --debug"
+            words = ["graphlathe", "optimize", str(saved), "-p", event.rest, *self._settings(event), "--debug"]
+            command = shlex.join(words)
             (self.folder / "pipeline.txt").write_text(event.rest + "\n", encoding="utf-8")
             (self.folder / "error.txt").write_text(f"{type(error).__name__}: {error}\n", encoding="utf-8")
             (self.folder / "command.txt").write_text(command + "\n", encoding="utf-8")
@@ -182,6 +191,25 @@ class Reproducer(Instrument):
             error.add_note(f"no reproducer was written to '{self.folder}': {failed}")
         else:
             error.add_note(f"reproducer: '{self.folder}'; run again with: {command}")
+
+    def _settings(self, event: Event) -> list[str]:
+        """The run's data and settings as arguments of the command line; writes the data."""
+        manager = event.manager
+        if manager is None:
+            return []
+        words = ["--verify", str(manager.verify)]
+        if manager.feeds is None:
+            words += ["--example", "none"]
+        elif sizes := (event.before or event.program).check_feeds(manager.feeds):
+            words += ["--example", ",".join(f"{name}={size}" for name, size in sizes.items())]
+        for name, limit in (manager.budget or {}).items():
+            words += ["--budget", f"{name}={limit!r}"]
+        for index, batch in enumerate(manager.calibration or ()):
+            path = self.folder / "calibration" / f"{index:04}.safetensors"
+            path.parent.mkdir(exist_ok=True)
+            save_file({name: value.contiguous().clone() for name, value in batch.items()}, path)
+            words += ["--calibration", str(path)]
+        return words
 
 
 @dataclass

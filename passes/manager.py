@@ -147,7 +147,7 @@ class _Run:
         row = Row(
             len(self.report.rows) + 1, pass_.to_text(), pass_.effect, wanted_by, nodes_before=nodes, before=self.size
         )
-        event = Event(row.index, pass_, self.program, _join(row.text, after), row)
+        event = Event(row.index, pass_, self.program, _join(row.text, after), row, manager=self.manager)
         if not all([i.before_pass(event) for i in self.manager.instruments]):
             self.report.notes.append(f"{pass_.name} was skipped by an instrument")
             return

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..ir.errors import ExportError, ImportModelError, InputError
+from ..ir.errors import ExportError, ImportModelError, InputError, PipelineError, suggest
 from ..ir.program import Program
-from .base import Batch
 from .contract import checked_budget
 from .data import calibration_batches, named_inputs
 from .instruments import Disable, Dump, Instrument, Reproducer, StopAfter
 from .manager import PassManager
-from .pipeline import parse_pipeline
+from .pipeline import Pipeline, parse_pipeline
+from .registry import names
 from .report import Report
 
 if TYPE_CHECKING:
@@ -128,11 +128,12 @@ def optimize(
         GraphlatheError: a pass failed, see `PassManager.run`.
     """
     pipeline = parse_pipeline(passes)  # what can be wrong with the call is said before anything slow
+    check_steering(pipeline, stop_after, disable)
     checked_budget(budget)
     if verify == 3 and example_inputs is None:
         raise InputError("verification level 3 compares outputs", remedy="pass example_inputs=")
-    program, traced_from = _program(model_or_program, example_inputs, dynamic)
-    feeds = None if example_inputs is None else _example(program, example_inputs, traced=traced_from)
+    program = _program(model_or_program, example_inputs, dynamic)
+    feeds = None if example_inputs is None else named_inputs(program, example_inputs, "example_inputs")
     tools = list(instruments)
     tools += [Dump(Path(dump_dir))] if dump_dir is not None else []
     tools += [StopAfter(stop_after)] if stop_after is not None else []
@@ -149,36 +150,60 @@ def optimize(
         progress=progress,
         instruments=tools,
     )
-    before = float(evaluate(program)) if evaluate is not None else None
+    before = _merit(evaluate, program)
     result, report = manager.run(program)
     optimized = Optimized(result, report)
     report.metric_before = before
-    report.metric_after = float(evaluate(optimized)) if evaluate is not None else None
+    report.metric_after = _merit(evaluate, optimized)
     return optimized
 
 
-def _program(model: Any, example_inputs: Any, dynamic: Any) -> tuple[Program, bool]:
-    """The model as a program, and whether ``example_inputs`` were what it was traced with."""
+def check_steering(pipeline: Pipeline, stop_after: str | None, disable: Collection[str]) -> None:
+    """Names that steer a run must be in the pipeline; disabled ones may be in the catalogue (some run on demand).
+
+    Raises:
+        PipelineError: one is not.
+    """
+    used = [item.name for item in pipeline.passes()]
+    for what, name, known in (
+        *([("stop after", stop_after, used)] if stop_after is not None else []),
+        *(("disable", name, [*used, *(n for n in names() if n not in used)]) for name in disable),
+    ):
+        if name not in known:
+            raise PipelineError(
+                f"cannot {what} '{name}', which is not in the pipeline{suggest(name, known)}",
+                expected=f"one of: {', '.join(used)}",
+            )
+
+
+def _merit(evaluate: Callable[[Program], float] | None, program: Program) -> float | None:
+    if evaluate is None:
+        return None
+    value: Any = evaluate(program)
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise InputError(f"evaluate returned a {type(value).__name__}", expected="a number") from None
+
+
+def _program(model: Any, example_inputs: Any, dynamic: Any) -> Program:
+    """The model as a program."""
+    if dynamic is not None and not isinstance(model, torch.nn.Module):
+        raise InputError(
+            f"dynamic= is for tracing a module; this is a {type(model).__name__}",
+            remedy="leave it out: the dimensions that are dynamic were decided when the model was traced or exported",
+        )
     if isinstance(model, Program):
-        return model, False
+        return model
     if isinstance(model, (str, os.PathLike)):
         from ..ir.load import load
 
-        return load(Path(model)), False
+        return load(Path(model))
     if isinstance(model, (torch.nn.Module, torch.export.ExportedProgram)):
         from ..ir.from_torch import trace
 
-        inputs = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else example_inputs
-        return trace(model, inputs, dynamic=dynamic), isinstance(model, torch.nn.Module)
+        return trace(model, example_inputs, dynamic=dynamic)
     raise ImportModelError(
         f"cannot optimize a {type(model).__name__}",
         expected="an nn.Module, a Program, an ExportedProgram, or the path of a model",
     )
-
-
-def _example(program: Program, inputs: Any, *, traced: bool) -> Batch:
-    if traced and isinstance(inputs, Mapping):
-        # A module may be traced with arguments that the graph does not read, or that are not tensors and were fixed.
-        known = {*program.main.arguments, *program.main.inputs, *program.main.constants}
-        inputs = {name: value for name, value in inputs.items() if name in known}
-    return named_inputs(program, inputs, "example_inputs")

@@ -31,7 +31,10 @@ def register(cls: type[Pass]) -> type[Pass]:
     """
     if not cls.name:
         raise PipelineError(f"{cls.__name__} has no name", remedy="set `name: ClassVar[str]`")
-    if cls.name in BUILTIN or _registered.get(cls.name, cls) is not cls:
+    known = _registered.get(cls.name, cls)
+    # A notebook's cell that runs again defines its class again.
+    again = (known.__module__, known.__qualname__) == (cls.__module__, cls.__qualname__)
+    if cls.name in BUILTIN or not again:
         raise PipelineError(f"the pass name '{cls.name}' is taken", remedy="choose another name")
     _registered[cls.name] = cls
     return cls

@@ -171,6 +171,12 @@ def optimize(
     ] = None,
     opset: Annotated[int | None, typer.Option(help="ONNX operator set of the output")] = None,
     report: Annotated[Path | None, typer.Option(help="write the report as JSON")] = None,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=LIMIT", help="bound the drift: drift, kl, relative (at most), top1 (at least) (repeatable)"
+        ),
+    ] = None,
     verify: Annotated[int, typer.Option(min=0, max=3, help="how much to check after each pass")] = 1,
     dump_dir: Annotated[
         Path | None,
@@ -187,6 +193,10 @@ def optimize(
     why_not: Annotated[
         str | None,
         typer.Option(metavar="PASS", help="print why this pass (or all) left places as they were"),
+    ] = None,
+    reproduce: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="when a pass fails, write a folder from which it runs again"),
     ] = None,
 ) -> None:
     """Run passes over a model, print what each did, and write the result."""
@@ -209,6 +219,8 @@ def optimize(
             stop_after=stop_after,
             disable=tuple(disable_pass or ()),
             why_not=why_not,
+            budget=tuple(budget or ()),
+            reproduce=reproduce,
         ),
     )
 
@@ -333,7 +345,7 @@ def execute(arguments: list[str]) -> int:
             code = int(app(args=rest, prog_name="graphlathe", standalone_mode=False) or 0)
             return _failed("interrupted", code, False) if code == _INTERRUPTED else code
         except GraphlatheError as error:
-            return _failed(str(error), 2, debug)
+            return _failed("\n  ".join([str(error), *getattr(error, "__notes__", [])]), 2, debug)
         except _UsageError as error:
             return _failed(_usage_text(error), 2, debug)
         except _ClickException as error:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..ir.errors import ExportError, PipelineError, suggest
+from ..ir.errors import ExportError, InputError, PipelineError, suggest
 from ..ir.program import Program
 from .console import console, size
 from .examples import example_feeds
@@ -37,17 +37,21 @@ class OptimizeOptions:
     stop_after: str | None = None
     disable: tuple[str, ...] = ()
     why_not: str | None = None
+    budget: tuple[str, ...] = ()
+    reproduce: Path | None = None
 
 
 def optimize_file(path: Path, options: OptimizeOptions) -> None:
     """Check everything that can be checked without the model, then load, optimize, print and write."""
     from ..ir.load import load
+    from ..passes.contract import checked_budget
     from ..passes.optimize import optimize
     from ..passes.pipeline import parse_pipeline
 
     pipeline = parse_pipeline(options.pipeline)
+    budget = checked_budget(_budget(options.budget))
     _check_names(pipeline, options)
-    _check_outputs(options)
+    _check_outputs(path, options)
     check_calibration(options.calibration, options.tokenizer, path)
     program = load(path)
     calibration = calibration_feeds(
@@ -63,11 +67,13 @@ def optimize_file(path: Path, options: OptimizeOptions) -> None:
         _example(program, options.example),
         passes=pipeline,
         calibration=calibration or None,
+        budget=budget,
         verify=options.verify,
         progress=True,
         dump_dir=options.dump_dir,
         stop_after=options.stop_after,
         disable=options.disable,
+        reproduce=options.reproduce,
     )
     out = console()
     out.print(optimized.report)
@@ -83,29 +89,37 @@ def _example(program: Program, text: str | None) -> dict[str, Any] | None:
     return example_feeds(program, parse_sizes([text] if text else [], program))
 
 
+def _budget(items: tuple[str, ...]) -> dict[str, float] | None:
+    """``NAME=LIMIT`` texts as a budget.
+
+    Raises:
+        InputError: one is something else.
+    """
+    budget: dict[str, float] = {}
+    for item in items:
+        name, _, limit = item.partition("=")
+        try:
+            budget[name] = float(limit)
+        except ValueError:
+            raise InputError(f"'{item}' is no bound", expected="NAME=LIMIT, such as drift=0.1") from None
+    return budget or None
+
+
 def _check_names(pipeline: Pipeline, options: OptimizeOptions) -> None:
     """The passes that options speak about must be in the pipeline, or in the catalogue (some are run on demand).
 
     Raises:
         PipelineError: one is not.
     """
-    from ..passes.registry import names
-
     used = [item.name for item in pipeline.passes()]
-    for option, name in (("--stop-after", options.stop_after), ("--why-not", options.why_not)):
-        if name not in (None, "all", *used):
-            raise PipelineError(
-                f"{option} names '{name}', which is not in the pipeline{suggest(str(name), used)}",
-                expected=", ".join(used),
-            )
-    for name in options.disable:
-        if name not in (*used, *names()):
-            raise PipelineError(
-                f"--disable-pass names '{name}'{suggest(name, used)}", expected=f"one of: {', '.join(used)}"
-            )
+    if options.why_not not in (None, "all", *used):
+        raise PipelineError(
+            f"--why-not names '{options.why_not}', which is not in the pipeline{suggest(str(options.why_not), used)}",
+            expected=", ".join(used),
+        )
 
 
-def _check_outputs(options: OptimizeOptions) -> None:
+def _check_outputs(path: Path, options: OptimizeOptions) -> None:
     """Outputs must be possible before hours are spent on them.
 
     Raises:
@@ -113,14 +127,18 @@ def _check_outputs(options: OptimizeOptions) -> None:
     """
     output = options.output
     if output is not None:
-        check_writable(output)
         onnx = output.suffix == ".onnx"
+        check_writable(output, folder=not onnx)
         if output.suffix and not onnx and not output.is_dir():
             raise ExportError(
                 f"cannot write a '{output.suffix}' file", expected="a path that ends in .onnx, or a folder"
             )
-        if onnx and output.is_dir():
-            raise ExportError(f"'{output}' is a folder", remedy="name a file")
+        if not onnx:
+            from ..ir.serialize import check_target
+
+            check_target(output)
+            if path.is_dir() and output.is_dir() and output.samefile(path):
+                raise ExportError(f"'{output}' is the model that is read", remedy="name another folder, then move it")
     if options.opset is not None:
         if output is None or output.suffix != ".onnx":
             raise ExportError("--opset is for ONNX files", remedy="give -o FILE.onnx")
@@ -131,7 +149,7 @@ def _check_outputs(options: OptimizeOptions) -> None:
     if options.report is not None:
         check_writable(options.report)
     if options.dump_dir is not None:
-        check_writable(options.dump_dir)
+        check_writable(options.dump_dir, folder=True)
 
 
 def why_not(report: Report, name: str) -> list[str]:

@@ -42,7 +42,11 @@ def run_file(path: Path, options: RunOptions) -> None:
     from ..runtime.compile import compile as compile_program
 
     if options.output is not None:
-        check_writable(options.output)
+        check_writable(_npz(options.output))
+    if options.text is not None and options.sizes:
+        raise InputError("--size and --text contradict each other", remedy="the text's tokens decide the sizes")
+    if options.text is None and options.tokenizer is not None:
+        raise InputError("--tokenizer is for --text", remedy="give --text, or leave it out")
     program = load(path)
     feeds = make_feeds(program, path, options)
     session = compile_program(program, backend=options.backend)
@@ -65,8 +69,7 @@ def run_file(path: Path, options: RunOptions) -> None:
         f"{torch.get_num_threads()} threads"
     )
     if options.output is not None:
-        _save(outputs, options.output)
-        out.print(f"written: {options.output}")
+        out.print(f"written: {_save(outputs, options.output)}")
 
 
 def make_feeds(program: Program, path: Path, options: RunOptions) -> dict[str, Any]:
@@ -84,7 +87,7 @@ def make_feeds(program: Program, path: Path, options: RunOptions) -> dict[str, A
         feeds.update(given)
     if options.text is not None:
         feeds.update(_read_inputs(program, options.inputs))
-    feeds = program.feeds(entry="main", **feeds)
+    feeds = program.feeds(**feeds)
     program.check_feeds(feeds)
     return feeds
 
@@ -125,14 +128,17 @@ def _summary(value: Any) -> tuple[str, str, str, str, str]:
     return dtype_text(value.dtype), shape, low, mean, high
 
 
-def _save(outputs: dict[str, Any], path: Path) -> None:
+def _save(outputs: dict[str, Any], path: Path) -> Path:
     import numpy as np
 
     arrays = {name: _array(value) for name, value in outputs.items()}
-    write_atomically(
-        path if path.suffix == ".npz" else path.with_name(path.name + ".npz"),
-        lambda partial: np.savez(partial, **arrays),
-    )
+    target = _npz(path)
+    write_atomically(target, lambda partial: np.savez(partial, **arrays))
+    return target
+
+
+def _npz(path: Path) -> Path:
+    return path if path.suffix == ".npz" or (path.exists() and not path.is_file()) else Path(f"{path}.npz")
 
 
 def _array(value: Any) -> Any:

@@ -179,7 +179,7 @@ def calibration_feeds(
             arrays = load_arrays(path)
             if path.suffix == ".npy" and len(program.main.inputs) == 1:
                 arrays = {program.main.inputs[0]: arrays["array"]}
-            feeds = program.feeds(entry="main", **arrays)
+            feeds = program.feeds(**arrays)
             program.check_feeds(feeds)
             batches.append(feeds)
         else:

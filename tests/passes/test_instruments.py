@@ -12,15 +12,18 @@ import pytest
 import torch
 from rich.console import Console
 
+import graphlathe as gl
 from graphlathe.ir.errors import GraphlatheError, InputError, PostconditionError
 from graphlathe.ir.program import Program
 from graphlathe.ir.text import parse_program
 from graphlathe.passes import progress
-from graphlathe.passes.bisect import bisect
+from graphlathe.passes.bisection import bisect
 from graphlathe.passes.instruments import Diff, Disable, Dump, Instrument, Reproducer, StopAfter, Timing
 from graphlathe.passes.manager import PassManager
 from graphlathe.passes.pipeline import parse_pipeline
 from graphlathe.passes.progress import Bars, progress_for, silent
+from graphlathe.passes.registry import get
+from graphlathe.tools.cli import execute
 from tests.passes.example_passes import Approximate, Crash, Liar
 
 TEXT = """\
@@ -118,6 +121,37 @@ def test_a_reproducer_runs_again(program: Program, tmp_path: Path) -> None:
     assert saved.history == ["remove-noops", "cse", "dce", "cse", "dce"]
     with pytest.raises(PostconditionError, match="test-liar"):
         run(saved, [Liar(), "dce"])
+
+
+def test_a_reproducer_holds_data_and_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Over budget in Python, over budget again from its command."""
+    case = get("drop-layers").planted()
+    assert case is not None
+    with pytest.raises(PostconditionError, match="over budget"):
+        gl.optimize(
+            case.program,
+            case.calibration[0],
+            passes="cse,drop-layers{ratio=0.5}",
+            calibration=case.calibration,
+            budget={"relative": 1e-9},
+            reproduce=tmp_path / "bug",
+        )
+    command = shlex.split((tmp_path / "bug" / "command.txt").read_text())
+    command.remove("--debug")
+    assert execute(command[1:]) == 2
+    assert "the drift is over budget: relative" in capsys.readouterr().err
+
+
+def test_a_diff_starts_anew_with_every_run(program: Program) -> None:
+    written: list[str] = []
+    diff = Diff(written.append)
+    for _ in range(2):
+        written.clear()
+        run(program, "cse", diff)
+        assert written and not [line for line in written if line.startswith("-program")]
+    written.clear()
+    run(parse_program(TEXT.replace("mul.Tensor", "add.Tensor")), "dce", diff)
+    assert written == []
 
 
 def test_the_rest_of_a_repeated_group_is_kept(program: Program, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections import UserDict
 from pathlib import Path
 from typing import Any
@@ -197,3 +198,87 @@ def test_shortcuts_for_instruments(program: gl.Program, tmp_path: Path) -> None:
     with pytest.raises(gl.PostconditionError):
         gl.optimize(program, EXAMPLE, passes=Approximate(), budget={"drift": 0.0}, reproduce=tmp_path / "reproducer")
     assert (tmp_path / "reproducer" / "command.txt").exists()
+
+
+def test_arguments_that_would_be_ignored_are_refused(program: gl.Program) -> None:
+    with pytest.raises(gl.InputError, match="dynamic= is for tracing a module; this is a Program"):
+        gl.optimize(program, EXAMPLE, passes="cse", dynamic=DYNAMIC)
+    with pytest.raises(gl.PipelineError, match=r"cannot stop after 'csee'.*did you mean 'cse'"):
+        gl.optimize(program, passes="cse", stop_after="csee")
+    with pytest.raises(gl.PipelineError, match="cannot disable 'nope'"):
+        gl.optimize(program, passes="cse", disable=["nope"])
+
+
+def test_wrong_kinds_of_arguments_are_named(program: gl.Program) -> None:
+    with pytest.raises(gl.InputError, match="the budget is a float"):
+        gl.optimize(program, passes="cse", budget=0.1)  # type: ignore[arg-type]
+    with pytest.raises(gl.InputError, match="evaluate returned a NoneType"):
+        gl.optimize(program, passes="cse", evaluate=lambda p: None)  # type: ignore[arg-type,return-value]
+    for function in (gl.structure, gl.compile):
+        with pytest.raises(gl.InputError, match="got a Net") as caught:
+            function(Net())  # type: ignore[arg-type]
+        assert "trace" in str(caught.value.remedy)
+    with pytest.raises(gl.ImportModelError, match="example_inputs is a int"):
+        gl.trace(Net(), 3)  # type: ignore[arg-type]
+    assert gl.trace(nn.ReLU(), torch.ones(1, 8)).inputs[0].shape == (1, 8)
+
+
+class Choosy(nn.Module):
+    """Arguments of every kind, between one another: None, numbers, a list of numbers, an unread tensor."""
+
+    def forward(
+        self, x: torch.Tensor, mask: Any, flags: list[int], unread: torch.Tensor, pair: dict[str, Any]
+    ) -> torch.Tensor:
+        assert mask is None
+        return x * flags[1] + pair["y"] * pair["factor"]
+
+
+def test_what_was_traced_with_can_be_called_with() -> None:
+    values = (X, None, [1, 2], torch.ones(2), {"factor": 3, "y": X + 1})
+    names = ("x", "mask", "flags", "unread", "pair")
+    expected = Choosy()(*values)
+    for inputs in (values, dict(zip(names, values, strict=True))):
+        result = gl.optimize(Choosy(), inputs, passes="canonicalize", calibration=[inputs])
+        again = gl.Program.load(result.save(Path(tempfile.mkdtemp()) / "saved"))
+        for callee in (result, again, result.compile("torch"), result.compile("onnxruntime")):
+            assert torch.allclose(callee(*values), expected, rtol=1e-6)
+            assert torch.allclose(callee(**dict(zip(names, values, strict=True))), expected, rtol=1e-6)
+        with pytest.raises(gl.InputError, match=r"'flags\.1' was fixed to 2"):
+            result(X, None, [1, 3], torch.ones(2), values[-1])
+        with pytest.raises(gl.InputError, match="'mask' was fixed to None"):
+            result(X, torch.ones(3), *values[2:])
+
+
+def test_inputs_may_be_called_anything() -> None:
+    class Named(nn.Module):
+        def forward(self, entry: torch.Tensor, program: torch.Tensor) -> torch.Tensor:
+            return entry - program
+
+    result = gl.optimize(Named(), {"entry": X, "program": X * 2}, passes="canonicalize")
+    for callee in (result, result.compile("torch"), result.compile("onnxruntime")):
+        assert torch.equal(callee(entry=X, program=X * 2), -X)
+
+
+@pytest.mark.parametrize("backend", [None, "torch", "onnxruntime"])
+def test_outputs_are_the_callers_to_write_into(backend: str | None) -> None:
+    """Copies that a pass removes come back where a caller could tell: inputs, weights, strides, equal outputs."""
+
+    class Copies(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(4, 6))
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return x.clone(), self.w.clone(), x.transpose(0, 1).contiguous(), torch.relu(x), torch.relu(x)
+
+    model = Copies()
+    result = gl.optimize(model, (X,), passes="canonicalize")
+    callee = result if backend is None else result.compile(backend)
+    x = X.clone()
+    outputs = list(callee(x).values())
+    expected = [value.detach() for value in model(X)]
+    outputs[2].view(-1)
+    for index, output in enumerate(outputs):
+        output.add_(index + 1)
+    assert torch.equal(x, X) and bool((model.w == 1).all())
+    assert all(torch.equal(o, e + (i + 1)) for i, (o, e) in enumerate(zip(outputs, expected, strict=True)))

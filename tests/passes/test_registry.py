@@ -9,7 +9,9 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from graphlathe.ir.errors import PipelineError, PreconditionError
 from graphlathe.ir.program import Program
@@ -165,6 +167,21 @@ def test_a_taken_name_is_refused() -> None:
         registry.register(Pass)
 
 
+def test_a_class_that_is_defined_again_replaces_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_registered", {})
+
+    def cell() -> type[Pass]:
+        @registry.register
+        @dataclasses.dataclass(frozen=True, kw_only=True)
+        class Mine(Pass):
+            name = "test-mine"
+
+        return Mine
+
+    first, second = cell(), cell()
+    assert registry.get("test-mine") is second is not first
+
+
 class Plugins:
     def __init__(self, *points: tuple[str, str]) -> None:
         self.points = [EntryPoint(name, value, registry.ENTRY_POINT_GROUP) for name, value in points]
@@ -209,3 +226,16 @@ def test_budget_names_are_documented() -> None:
     from graphlathe.passes.optimize import optimize
 
     assert all(f"``{name}``" in (optimize.__doc__ or "") for name in BUDGETS)
+
+
+def test_functions_of_the_package_stay_functions() -> None:
+    import graphlathe as gl
+
+    gl.optimize(torch.nn.ReLU(), (torch.ones(2),), passes="dce")
+    for _ in range(2):
+        assert callable(gl.passes.bisect)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    settings = registry.get("drop-layers")(indices=[np.int64(1)])  # type: ignore[call-arg]
+    assert settings.to_text() == "drop-layers{indices=1}"

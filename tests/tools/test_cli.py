@@ -234,6 +234,11 @@ BAD = [
     ("optimize {files}/saved -p cse -o out.pt2", ".onnx"),
     ("optimize {files}/saved -p cse -o missing/out.onnx", "create it"),
     ("optimize {files}/saved -p cse --report missing/r.json -o out.onnx", "create it"),
+    ("optimize {files}/saved -p cse -o {files}/tokenizer", "no saved program"),
+    ("optimize {files}/saved -p cse -o {files}/saved", "the model that is read"),
+    ("optimize {files}/saved -p cse --report {files}", "it is a folder"),
+    ("optimize {files}/saved -p cse --budget drift", "NAME=LIMIT"),
+    ("optimize {files}/saved -p cse --budget drft=0.1", "did you mean 'drift'?"),
     ("optimize {files}/saved -p cse --opset 18", "-o FILE.onnx"),
     ("optimize {files}/saved -p cse --opset 3 -o out.onnx", "opset"),
     ("optimize {files}/saved -p cse --stop-after dce -o out.onnx", "not in the pipeline"),
@@ -256,6 +261,8 @@ BAD = [
     ("run {files}/saved --input input_ids=none.npy", "none.npy"),
     ("run {files}/saved --input input_ids={files}/floats.npz", "dtype"),
     ("run {files}/saved --text hello", "--tokenizer"),
+    ("run {files}/saved --text hello --tokenizer {files}/tokenizer --size S=3", "contradict"),
+    ("run {files}/saved --tokenizer {files}/tokenizer", "--tokenizer is for --text"),
     ("run {files}/saved -o missing/out.npz", "create it"),
     ("passes drop-leyers", "did you mean 'drop-layers'?"),
     ("bench compilr", "did you mean 'compiler'?"),
@@ -282,6 +289,18 @@ def test_a_full_disk_is_told_and_leaves_nothing(
     code, _, err = command("dump {files}/saved --format text -o out.txt")
     assert code == 2 and "No space left on device" in err and "free space" in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_links_and_pipes_stay_what_they_are(command: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "link.txt").symlink_to("target.txt")
+    (tmp_path / "target.txt").write_text("old")
+    os.mkfifo(tmp_path / "pipe")
+    reader = subprocess.Popen(["cat", "pipe"], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    for output in ("link.txt", "pipe"):
+        assert command(f"dump {{files}}/saved --format text -o {output}")[0] == 0
+    text, _ = reader.communicate(timeout=60)
+    assert (tmp_path / "link.txt").is_symlink() and (tmp_path / "pipe").is_fifo()
+    assert text == (tmp_path / "target.txt").read_text() and text.startswith("program @main")
 
 
 class TestErrors:
