@@ -8,6 +8,7 @@ where it changes something: on graphs with in-place operators.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
 import warnings
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.utils._pytree as pytree
 from torch.export import ExportedProgram
@@ -119,7 +121,7 @@ def _export(
     model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], arguments: list[str], dynamic: Dynamic
 ) -> tuple[ExportedProgram, dict[tuple[str, int], tuple[str, int]]]:
     """Export with the requested dynamic dimensions; also returns their (name, minimum) by (leaf name, axis)."""
-    values = [*args, *kwargs.values()]
+    values = [torch.as_tensor(v) if isinstance(v, np.ndarray) else v for v in (*args, *kwargs.values())]
     named = _named_dims(arguments, values, dynamic)
     values = [_widen(value, name, named) for name, value in zip(arguments, values, strict=True)]
     shapes = [
@@ -128,7 +130,10 @@ def _export(
     args, kwargs = tuple(values[: len(args)]), dict(zip(kwargs, values[len(args) :], strict=True))
     spec: Any = (*shapes[: len(args)], *shapes[len(args) :])
     by_name = dict(zip(arguments, spec, strict=True))
-    hook = model.register_forward_pre_hook(_SameSizes(arguments, named), with_kwargs=True, prepend=True)
+    hooks = [
+        model.register_forward_pre_hook(_SameSizes(arguments, named), with_kwargs=True, prepend=True),
+        model.register_forward_hook(lambda _module, _args, output: plain_output(output)),
+    ]
     try:
         with _eval_mode(model), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -145,7 +150,8 @@ def _export(
     except Exception as error:
         raise _trace_error(model, error) from error
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
     return exported, {key: (name, bounds[0]) for key, (name, bounds) in named.items()}
 
 
@@ -250,6 +256,17 @@ class _SameSizes:
         for (port, axis), (name, _) in self.named.items():
             size = leaves[port].shape[axis]
             torch._check(first.setdefault(name, size) == size)
+
+
+def plain_output(value: Any) -> Any:
+    """Dataclasses that PyTorch does not know as containers, as dicts of their fields; at any depth."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type) and type(value) not in pytree.SUPPORTED_NODES:
+        return {field.name: plain_output(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if type(value) in (list, tuple):
+        return type(value)(plain_output(item) for item in value)
+    if type(value) is dict:
+        return {key: plain_output(item) for key, item in value.items()}
+    return value
 
 
 def _trace_error(model: torch.nn.Module, error: Exception) -> ImportModelError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,6 +59,10 @@ class ExportResult:
     guards: tuple[Guard, ...] = ()
 
 
+# The translations record through the evaluator of onnxscript, of which a process has one.
+_ONE_AT_A_TIME = threading.RLock()
+
+
 def to_onnx_model(
     program: Program, *, opset: int | None = None, entry: str = "main", metadata: bool = True, fallback: bool = True
 ) -> ExportResult:
@@ -78,6 +83,11 @@ def to_onnx_model(
     version = DEFAULT_OPSET if opset is None else opset
     if version not in OPSETS:
         raise ExportError(f"opset {version} is not supported", expected=f"{OPSETS.start} to {OPSETS.stop - 1}")
+    with _ONE_AT_A_TIME:
+        return _export(program, version, entry, metadata, fallback)
+
+
+def _export(program: Program, version: int, entry: str, metadata: bool, fallback: bool) -> ExportResult:
     target = program.entries[entry]
     translator = Translator(program, target, version)
     guards = len(_guards(program))

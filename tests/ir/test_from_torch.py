@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -56,19 +57,29 @@ class _Result:
     hidden: tuple[torch.Tensor, dict[str, torch.Tensor]]
 
 
-torch.export.register_dataclass(_Result, serialized_type_name="graphlathe.tests._Result")
+@dataclasses.dataclass
+class _Registered(_Result):
+    """One that PyTorch knows as a container, as those of transformers are."""
+
+
+torch.export.register_dataclass(_Registered, serialized_type_name="graphlathe.tests._Registered")
 
 
 class _Nested(nn.Module):
+    def __init__(self, kind: type[_Result]) -> None:
+        super().__init__()
+        self.kind = kind
+
     def forward(self, pair: tuple[torch.Tensor, torch.Tensor], extra: dict[str, torch.Tensor]) -> _Result:
         total = pair[0] + pair[1] + extra["a"]
-        return _Result(total * 2, (total, {"deep": total + 1}))
+        return self.kind(total * 2, (total, {"deep": total + 1}))
 
 
-def test_nested_inputs_and_outputs_have_stable_names() -> None:
+@pytest.mark.parametrize("kind", [_Result, _Registered])
+def test_nested_inputs_and_outputs_have_stable_names(kind: type[_Result]) -> None:
     """Dataclass fields, dictionary keys and tuple positions become dotted names; calls take structure or flat names."""
     a, b, c = (torch.randn(3) for _ in range(3))
-    program = trace(_Nested(), {"pair": (a, b), "extra": {"a": c}})
+    program = trace(_Nested(kind), {"pair": (a, b), "extra": {"a": c}})
     assert program.main.inputs == ("pair.0", "pair.1", "extra.a")
     assert program.main.outputs == ("logits", "hidden.0", "hidden.1.deep")
     outputs = program(pair=(a, b), extra={"a": c})
@@ -268,3 +279,8 @@ def test_call_time_checks() -> None:
     ):
         with pytest.raises(InputError, match=message):
             program(**arguments)
+
+
+def test_arrays_are_examples_too() -> None:
+    program = trace(nn.Linear(3, 2), (np.ones((4, 3), dtype=np.float32),))
+    assert program.inputs[0].shape == (4, 3)

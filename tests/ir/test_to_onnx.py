@@ -6,6 +6,7 @@ import json
 import operator
 import os
 import resource
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import onnx
@@ -485,3 +486,12 @@ def test_numbers_as_functions_of_sizes() -> None:
     numbers = Numbers(Recorder(20))
     assert numbers.supports(operator.floordiv)
     assert not numbers.supports(torch.relu)
+
+
+def test_threads_may_export_at_once() -> None:
+    program = traced("plain_transformer_prenorm")
+    expected = onnx_ir.serde.serialize_model(to_onnx_model(program).model).SerializeToString(deterministic=True)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: to_onnx_model(program.clone()).model, range(8)))
+    for model in results:
+        assert onnx_ir.serde.serialize_model(model).SerializeToString(deterministic=True) == expected
