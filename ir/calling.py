@@ -6,13 +6,16 @@ Each tensor among their leaves is an input, named by its path (``x``, or ``x.0.k
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import keyword
+import re
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.utils._pytree as pytree
 
+from .dims import RESERVED
 from .errors import InputError, suggest
 
 if TYPE_CHECKING:
@@ -25,6 +28,18 @@ def key_text(key: Any) -> str:
         if hasattr(key, attribute):
             return str(getattr(key, attribute))
     return str(key)
+
+
+def identifier(name: str, taken: Collection[str] = ()) -> str:
+    """A name as an ASCII identifier that is not taken: ``a.b`` as ``a_b``, the next such one as ``a_b_1``."""
+    text = re.sub(r"\W+", "_", name, flags=re.ASCII)
+    unusable = not text or text[0].isdigit() or keyword.iskeyword(text) or text in RESERVED
+    base = f"_{text}" if unusable else text
+    found, count = base, 0
+    while found in taken:
+        count += 1
+        found = f"{base}_{count}"
+    return found
 
 
 def leaf_paths(argument: str, value: Any) -> list[tuple[str, Any]]:
@@ -64,19 +79,28 @@ def match_call(entry: Entry, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
         if ports is None:
             known = [*names, *(i for i in entry.inputs if i not in names)]
             raise InputError(f"unknown input '{name}'{suggest(name, known)}", expected=f"inputs: {', '.join(known)}")
-        leaves: list[Any] = []
-        for path, leaf in leaf_paths(name, value):
-            if path in entry.constants:
-                _check_fixed(entry, path, leaf)
-            elif leaf is not None:
-                leaves.append(leaf)
-        if len(leaves) != len(ports):
-            raise InputError(f"'{name}' holds {len(leaves)} tensors", expected=f"{len(ports)}: {', '.join(ports)}")
-        for port, leaf in zip(ports, leaves, strict=True):
+        for port, leaf in _placed(entry, name, value, ports).items():
             if port in given:
                 raise InputError(f"input '{port}' is given twice", expected="one value for each input")
             given[port] = leaf
     return given
+
+
+def _placed(entry: Entry, name: str, value: Any, ports: Sequence[str]) -> dict[str, Any]:
+    """The leaves of one argument by input: by their paths where these are the traced ones, else in order."""
+    leaves: dict[str, Any] = {}
+    for path, leaf in leaf_paths(name, value):
+        if path in entry.constants:
+            _check_fixed(entry, path, leaf)
+        elif leaf is not None:
+            leaves[path] = leaf
+    if set(leaves) == set(ports):
+        return leaves
+    if len(leaves) != len(ports):
+        raise InputError(f"'{name}' holds {len(leaves)} tensors", expected=f"{len(ports)}: {', '.join(ports)}")
+    if isinstance(value, Mapping) or not set(leaves).isdisjoint(ports):
+        raise InputError(f"'{name}' holds {', '.join(leaves)}", expected=", ".join(ports))
+    return dict(zip(ports, leaves.values(), strict=True))
 
 
 def check_complete(entry: Entry, given: Mapping[str, Any]) -> None:
@@ -94,7 +118,7 @@ def check_complete(entry: Entry, given: Mapping[str, Any]) -> None:
 
 def _check_fixed(entry: Entry, name: str, value: Any) -> None:
     fixed = entry.constants[name]
-    if isinstance(value, (torch.Tensor, np.ndarray)) or value != fixed:
+    if isinstance(value, (torch.Tensor, np.ndarray)) or (value is not fixed and repr(value) != repr(fixed)):
         shown = f"a {type(value).__name__}" if isinstance(value, (torch.Tensor, np.ndarray)) else repr(value)
         raise InputError(
             f"'{name}' was fixed to {fixed!r} by tracing",

@@ -39,6 +39,8 @@ def _clean_cast(rewriter: Rewriter, node: fx.Node) -> None:
     """Drop a cast to the type that the value already has; write any other one as ``_to_copy`` of a dtype alone."""
     source: Any = node.args[0]
     before, after = source.meta["val"], node.meta["val"]
+    if node.kwargs.get("memory_format") in (torch.channels_last, torch.channels_last_3d):
+        return  # views may rely on the new strides
     if before.dtype == after.dtype:
         rewriter.replace(node, source)
     elif node.target is not aten._to_copy.default or set(node.kwargs) != {"dtype"}:

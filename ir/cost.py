@@ -164,7 +164,10 @@ def cost(program: Program, sizes: Mapping[str, int] | None = None, *, entry: str
     dims = program.entries[entry].dims
     ledger = _Ledger(program, dims)
     graph = ledger.graph(program.entries[entry].graph)
-    names = sorted(ledger.weights)
+    # Weights that no operator reads count as well: those that are returned, and those that start a state.
+    listed = {str(node.target) for node in program.entries[entry].graph.find_nodes(op="get_attr")}
+    listed |= {pair.initial for pair in program.entries[entry].state if pair.initial}
+    names = sorted({*ledger.weights, *(listed & program.weights.keys())})
     result = Cost(
         params=sum(program.weights[n].numel for n in names),
         weight_bytes=sum(program.weights[n].nbytes for n in names),

@@ -21,6 +21,16 @@ from .errors import InputError
 
 Size = int | torch.SymInt
 
+RESERVED = frozenset({"inf", "nan", "int", "bool", "float", "round", "abs", "max", "min", "math", "Mod", "PythonMod"})
+"""Words that mean something else where sizes are printed: no dimension may be called so."""
+
+
+class SizePrinter(PythonPrinter):
+    """Prints an expression over sizes as Python that needs nothing but ``math``."""
+
+    def _print_ToFloat(self, expr: Any) -> str:
+        return f"float({self._print(expr.args[0])})"
+
 
 @dataclass(frozen=True)
 class Dim:
@@ -49,7 +59,7 @@ class Guard:
     @cached_property
     def code(self) -> CodeType:
         """The condition as Python code over symbol names."""
-        return compile(PythonPrinter().doprint(self.expr), "<guard>", "eval")
+        return compile(SizePrinter().doprint(self.expr), "<guard>", "eval")
 
     def holds(self, sizes: Mapping[sympy.Symbol, int]) -> bool:
         """Whether the condition is true at these sizes (unknown symbols: assumed true)."""
@@ -78,7 +88,7 @@ class Dims:
 
     def format_expr(self, expr: sympy.Basic) -> str:
         """An expression over symbols as Python text with the users' names."""
-        return PythonPrinter().doprint(expr.xreplace(self.names)) if expr.free_symbols else str(expr)
+        return SizePrinter().doprint(expr.xreplace(self.names)) if expr.free_symbols else str(expr)
 
     def format(self, size: Any) -> str:
         """A size (int or SymInt) as text with the users' names."""

@@ -65,6 +65,11 @@ def memory_of(value: Any) -> set[int]:
     return {value.untyped_storage().data_ptr()} - {0} if isinstance(value, torch.Tensor) else set()
 
 
+def as_traced(value: Any) -> Any:
+    """An input with the strides that graphs are traced for: a view of another layout would be refused."""
+    return value.contiguous() if isinstance(value, torch.Tensor) and value.layout is torch.strided else value
+
+
 def own_memory(values: Sequence[Any], held: Collection[int]) -> tuple[Any, ...]:
     """Outputs that a caller may write into: contiguous, and sharing memory with nothing else.
 

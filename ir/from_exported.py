@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 
-from .calling import key_text, leaf_paths
+from .calling import identifier, key_text, leaf_paths
 from .clean import clean_capture
 from .copy_capture import copy_operators, enables_autocast
 from .dims import Dim, Dims, Guard
@@ -83,7 +83,8 @@ class _Importer:
                 self._input(old, str(spec.target))
                 inputs.append(str(spec.target))
                 self.initial[str(spec.target)] = str(spec.target)
-                self.weights[str(spec.target)] = Weight.from_tensor(self._constant(str(spec.target)))
+                # A copy: the module itself goes on writing into its own.
+                self.weights[str(spec.target)] = Weight.from_tensor(self._constant(str(spec.target)).clone())
         by_storage: dict[tuple[int, int, tuple[int, ...], tuple[int, ...]], str] = {}
         stored = [
             (placeholders[spec.arg.name], str(spec.target))
@@ -102,7 +103,7 @@ class _Importer:
             tuple(outputs),
             arguments={name: tuple(port for _, port in leaves) for name, leaves in arguments.items()},
             constants=constants,
-            bare_output=outputs == ["output"],
+            bare_output=outputs == ["output"] and self._returns_one_tensor(),
         )
         program = Program(
             {"main": entry},
@@ -132,7 +133,8 @@ class _Importer:
         raise ImportModelError(f"the exported program has no tensor '{name}'")
 
     def _input(self, old: fx.Node, name: str) -> None:
-        node = self.graph.placeholder(_identifier(name))
+        taken = {str(node.target) for node in self.graph.find_nodes(op="placeholder")}
+        node = self.graph.placeholder(identifier(name, taken))
         node.meta["val"] = old.meta["val"]
         node.meta[ORIGIN] = name
         self.env[old] = node
@@ -173,6 +175,10 @@ class _Importer:
                 else:
                     arguments[name].append((leaf.spec.arg.name, port))
         return arguments, constants
+
+    def _returns_one_tensor(self) -> bool:
+        call = self.exported.module_call_graph[0].signature
+        return call is None or call.out_spec.is_leaf()
 
     def _outputs(self, mutated: set[Any]) -> list[str]:
         old = next(iter(self.exported.graph.find_nodes(op="output")))
@@ -218,10 +224,6 @@ def output_names(out_spec: Any, count: int) -> list[str]:
     return names
 
 
-def _identifier(name: str) -> str:
-    return name.replace(".", "_")
-
-
 def _storage_key(tensor: torch.Tensor) -> Any:
     if tensor.device.type == "meta" or tensor.numel() == 0:
         return None
@@ -258,9 +260,10 @@ def read_dims(program: Program, entry: Entry, names: Mapping[tuple[str, int], tu
             if not isinstance(size, torch.SymInt):
                 continue
             for symbol in sorted(size.node.expr.free_symbols, key=str):
-                wanted, least = names.get((port, axis), (f"{_identifier(port)}_{axis}", 1))
-                if symbol in symbols or wanted in dims:
+                if symbol in symbols:
                     continue
+                wanted, least = names.get((port, axis), (f"{identifier(port)}_{axis}", 1))
+                wanted = identifier(wanted, dims)
                 symbols[symbol] = wanted
                 bounds = env.var_to_range.get(symbol)
                 upper = (

@@ -81,7 +81,7 @@ def from_hub(
     source = Path(path)
     gguf = find_gguf(source, gguf_file)
     if gguf is not None:
-        return _from_gguf(gguf, example_inputs, dynamic, dtype)
+        return _from_gguf(gguf, example_inputs, dynamic, dtype, meta)
     config = _read_config(source)
     if meta:
         model = build_model(config, dtype or _dtype_of(config) or torch.float32)
@@ -284,13 +284,16 @@ def _really_loaded(
     return program
 
 
-def _from_gguf(file: Path, example_inputs: Any, dynamic: Dynamic, dtype: torch.dtype | None) -> Program:
+def _from_gguf(file: Path, example_inputs: Any, dynamic: Dynamic, dtype: torch.dtype | None, meta: bool) -> Program:
     transformers = import_transformers()
     try:
         with _quiet():
             stored = _gguf_types(file)
             config = transformers.AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
             without_cache(config)
+            if meta:
+                model = build_model(config, dtype or torch.float32)
+                return _trace(model, example_inputs, dynamic, "meta: shapes and dtypes only", file)
             auto = (
                 transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
             )

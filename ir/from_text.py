@@ -203,6 +203,8 @@ class _Scope:
         known = self.sizes.get(text)
         if known is None:
             expr = self.expr(text, place)
+            if expr.is_integer is False or (expr.is_number and expr.is_negative):
+                place.fail(f"'{text}' is no size")
             known = int(expr) if expr.is_Integer else self._symint(expr)  # type: ignore[arg-type]
             self.sizes[text] = known
         return known

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import keyword
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -23,9 +24,11 @@ import torch.utils._pytree as pytree
 from torch.export import ExportedProgram
 
 from .calling import leaf_names
+from .dims import RESERVED
 from .errors import GraphlatheError, ImportModelError, suggest
 from .from_exported import from_exported
 from .program import Program
+from .size_one import recorded_branches, restrict_sizes
 
 Dynamic = Mapping[str, Mapping[int, Any]] | str | None
 
@@ -44,7 +47,8 @@ def trace(
             nested structures of tensors are allowed; other values are fixed.
         dynamic: names of dynamic dimensions by input and axis, ``{"input_ids": {0: "B", 1: "S"}}`` (inputs that share
             a name share the size; a `torch.export.Dim` gives a range), or ``"auto"``: every dimension that the model
-            lets be dynamic, or None: all sizes fixed.
+            lets be dynamic, or None: all sizes fixed. Size 1 is refused where the model does something else there
+            (which a model without numbers, on the meta device, cannot tell).
 
     Returns:
         The program; its entry is called ``main``.
@@ -80,8 +84,23 @@ def trace(
     args: tuple[Any, ...] = () if by_keyword else tuple(example_inputs)
     kwargs: dict[str, Any] = dict(example_inputs) if by_keyword else {}
     arguments = argument_names(model, args, kwargs)
-    exported, names = _export(model, args, kwargs, arguments, dynamic)
-    return from_exported(exported, names=names)
+    with recorded_branches() as asked:
+        exported, names = _export(model, args, kwargs, arguments, dynamic)
+    program = from_exported(exported, names=names)
+    entry = program.main
+    order = list(inspect.signature(model.forward).parameters)
+    rank = {name: order.index(name) if name in order else len(order) for name in entry.arguments}
+    entry.arguments = dict(sorted(entry.arguments.items(), key=lambda item: rank[item[0]]))
+    for (port, axis), (name, _) in names.items():
+        if name not in entry.dims.by_name:
+            size = entry.input_node(port).meta["val"].shape[axis]
+            raise ImportModelError(
+                f"the model fixes a named dimension: {name}, axis {axis} of '{port}', can only be {size}",
+                remedy="leave that dimension out of dynamic=, or give an example of another size",
+            )
+    with _eval_mode(model):
+        restrict_sizes(program, model, asked, args, kwargs, arguments)
+    return program
 
 
 def argument_names(model: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str]:
@@ -121,7 +140,7 @@ def _export(
     model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], arguments: list[str], dynamic: Dynamic
 ) -> tuple[ExportedProgram, dict[tuple[str, int], tuple[str, int]]]:
     """Export with the requested dynamic dimensions; also returns their (name, minimum) by (leaf name, axis)."""
-    values = [torch.as_tensor(v) if isinstance(v, np.ndarray) else v for v in (*args, *kwargs.values())]
+    values = _own_tensors([*args, *kwargs.values()])
     named = _named_dims(arguments, values, dynamic)
     values = [_widen(value, name, named) for name, value in zip(arguments, values, strict=True)]
     shapes = [
@@ -155,6 +174,21 @@ def _export(
     return exported, {key: (name, bounds[0]) for key, (name, bounds) in named.items()}
 
 
+def _own_tensors(values: list[Any]) -> list[Any]:
+    """Arrays as tensors, all contiguous, and each one an input of its own: what is given twice may differ in a call."""
+    seen: set[int] = set()
+
+    def own(leaf: Any) -> Any:
+        leaf = torch.as_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf
+        if not isinstance(leaf, torch.Tensor) or leaf.layout is not torch.strided:
+            return leaf
+        leaf = leaf.clone() if id(leaf) in seen else leaf
+        seen.add(id(leaf))
+        return leaf.contiguous()
+
+    return [pytree.tree_map(own, value) for value in values]
+
+
 def _match_signature(
     model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], by_name: dict[str, Any]
 ) -> Any:
@@ -166,6 +200,11 @@ def _match_signature(
         if kind is inspect.Parameter.VAR_POSITIONAL:
             result[name] = tuple(by_name[f"{name}_{i}"] for i in range(len(value)))
         elif kind is inspect.Parameter.VAR_KEYWORD:
+            if any(pytree.tree_leaves([by_name[key] for key in value])):
+                raise ImportModelError(
+                    f"dynamic names dimensions of {', '.join(value)}, which forward takes as **{name}",
+                    remedy="torch.export cannot do that: wrap the model in a module that names its arguments",
+                )
             result[name] = {key: by_name[key] for key in value}
         else:
             result[name] = by_name[name]
@@ -190,18 +229,30 @@ def _named_dims(arguments: list[str], values: list[Any], dynamic: Dynamic) -> di
             raise ImportModelError(
                 f"dynamic names no input '{port}'{suggest(port, list(leaves))}", expected=", ".join(leaves)
             )
-        for axis, dim in axes.items():
+        by_axis = axes if isinstance(axes, Mapping) else {i: dim for i, dim in enumerate(axes) if dim is not None}
+        for axis, dim in by_axis.items():
             if not -leaves[port].dim() <= axis < leaves[port].dim():
                 raise ImportModelError(
                     f"dynamic[{port!r}] names axis {axis}", expected=f"an axis of shape {list(leaves[port].shape)}"
                 )
+            name = dim if isinstance(dim, str) else getattr(dim, "__name__", None)
+            if not isinstance(name, str) or not _is_dim_name(name) or hasattr(dim, "root"):
+                raise ImportModelError(
+                    f"dynamic[{port!r}][{axis}] is {dim!r}",
+                    expected="the dimension's name (an ASCII identifier), or a torch.export.Dim with a range",
+                )
             low, high = (getattr(dim, "min", 1), getattr(dim, "max", None)) if not isinstance(dim, str) else (1, None)
-            name = dim if isinstance(dim, str) else getattr(dim, "__name__", str(dim))
             named[port, axis % leaves[port].dim()] = (
                 name,
                 (max(int(low), 1), None if high is None or high > 2**31 else int(high)),
             )
     return named
+
+
+def _is_dim_name(name: str) -> bool:
+    """Whether sizes with this name print and read back."""
+    reserved = keyword.iskeyword(name) or name in RESERVED
+    return name.isidentifier() and name.isascii() and not reserved
 
 
 def _widen(value: Any, argument: str, named: Mapping[tuple[str, int], Any]) -> Any:
@@ -260,11 +311,12 @@ class _SameSizes:
 
 def plain_output(value: Any) -> Any:
     """Dataclasses that PyTorch does not know as containers, as dicts of their fields; at any depth."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type) and type(value) not in pytree.SUPPORTED_NODES:
-        return {field.name: plain_output(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if type(value) in (list, tuple):
-        return type(value)(plain_output(item) for item in value)
-    if type(value) is dict:
+    kind: Any = type(value)
+    if dataclasses.is_dataclass(kind) and kind not in pytree.SUPPORTED_NODES:
+        return {field.name: plain_output(getattr(value, field.name)) for field in dataclasses.fields(kind)}
+    if kind in (list, tuple):
+        return kind(plain_output(item) for item in value)
+    if kind is dict:
         return {key: plain_output(item) for key, item in value.items()}
     return value
 

@@ -8,6 +8,7 @@ functional by PyTorch, which traces it once more.
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx
@@ -41,7 +42,10 @@ def functionalize(program: Program) -> bool:
         assert isinstance(target, fx.Node)
         with rewriter.before(node):
             new = rewriter.call(twin, *node.args, like=node, **node.kwargs)
-        new.meta.pop("made_by", None)
+            new.meta.pop("made_by", None)
+            if new.meta["val"].dtype != target.meta["val"].dtype:  # what is written takes the type of what is there
+                new = rewriter.call(aten._to_copy.default, new, like=node, dtype=target.meta["val"].dtype)
+                new.meta.pop("made_by", None)
         rewriter.replace(node, new)
         for user in [u for u in target.users if u is not new and order.get(u, -1) > order[node]]:
             rewriter.replace_in(user, target, new)
@@ -63,7 +67,18 @@ def functional_twin(node: fx.Node) -> torch._ops.OpOverload | None:
     if not name.endswith("_") or written != [first.name]:
         return None
     packet = getattr(getattr(torch.ops, op.namespace), name.removesuffix("_"), None)
-    return getattr(packet, op._overloadname, None) if packet is not None else None
+    # Not always by the same name: ``pow_.Scalar`` is ``pow.Tensor_Scalar``.
+    wanted = [(a.name, _plain(a)) for a in (first, *others)]
+    for overload in packet.overloads() if packet is not None else ():
+        twin = getattr(packet, overload)
+        if [(a.name, _plain(a)) for a in twin._schema.arguments] == wanted and not twin._schema.is_mutable:
+            return twin
+    return None
+
+
+def _plain(argument: Any) -> str:
+    """An argument's type without what it says about memory."""
+    return str(argument.type)
 
 
 def _may_alias(node: fx.Node) -> bool:
@@ -80,13 +95,14 @@ def _may_alias(node: fx.Node) -> bool:
 
 def _owns_memory(node: fx.Node, order: dict[fx.Node, int]) -> bool:
     """Whether the value that ``node`` writes into is its own, and no earlier reader may still see the memory."""
-    value = node.args[0]
-    if not isinstance(value, fx.Node) or value.op != "call_function":
-        return False
-    source = value.args[0] if value.target is operator.getitem else value
-    assert isinstance(source, fx.Node)
-    if is_mutation(source):  # a chain of in-place operators on one value
-        return _owns_memory(source, order)
-    before = [u for u in value.users if u is not node and order[u] < order[node]]
-    fresh = source.op == "call_function" and not _may_alias(source)
-    return fresh and not any(_may_alias(u) and not is_mutation(u) and u.users for u in before)
+    value, link = node.args[0], node
+    while isinstance(value, fx.Node) and value.op == "call_function":
+        before = [u for u in value.users if u is not link and order[u] < order[node]]
+        if any(_may_alias(u) and not is_mutation(u) and u.users for u in before):
+            return False
+        source = value.args[0] if value.target is operator.getitem else value
+        assert isinstance(source, fx.Node)
+        if not is_mutation(source):
+            return source.op == "call_function" and not _may_alias(source)
+        value, link = source.args[0], source  # a chain of in-place operators on one value
+    return False

@@ -8,13 +8,23 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import ImportModelError, suggest
+from .errors import GraphlatheError, ImportModelError, suggest
 from .program import Program
 
 SAVED_NAME = "program.json"
 _KINDS = (
     "a folder that Program.save wrote, an .onnx, .pt2 or .gguf file, or a checkpoint folder "
     "(config.json and safetensors, or one .gguf file)"
+)
+_DAMAGE = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RuntimeError,  # of which RecursionError is one
+    TypeError,
+    ValueError,
 )
 _ADVICE = {
     ".safetensors": "pass the checkpoint folder, with its config.json",
@@ -45,7 +55,17 @@ def load(path: str | os.PathLike[str], **options: Any) -> Program:
         raise ImportModelError(f"'{source}' does not exist", expected=_KINDS, remedy="check the path")
     kind, reader = _reader(source)
     _check_options(kind, reader, options)
-    return reader(source, **options)
+    try:
+        return reader(source, **options)
+    except GraphlatheError:
+        raise
+    except _DAMAGE as error:
+        # Readers check what they rely on; what a damaged file can hold beyond that has no end.
+        detail = " ".join(str(error).split())[:200]
+        raise ImportModelError(
+            f"'{source}' cannot be read as {kind}: {type(error).__name__}: {detail}",
+            remedy="the file may be damaged: write it again; if it is sound, report it",
+        ) from error
 
 
 def _reader(source: Path) -> tuple[str, Callable[..., Program]]:

@@ -24,7 +24,7 @@ from torch import fx
 from .calling import check_complete, match_call
 from .dims import Dims, Size
 from .errors import InputError, suggest
-from .execute import Observer, copy_graph, own_memory, run_graph
+from .execute import Observer, as_traced, copy_graph, own_memory, run_graph
 from .weights import Weight
 
 if TYPE_CHECKING:
@@ -288,7 +288,9 @@ class Program:
         """
         target = self.entries[entry]
         self.check_feeds(feeds, entry)
-        by_target = {str(p.target): feeds[n] for n, p in zip(target.inputs, target.placeholders, strict=True)}
+        by_target = {
+            str(p.target): as_traced(feeds[n]) for n, p in zip(target.inputs, target.placeholders, strict=True)
+        }
         held: set[int] = set()
         values = run_graph(
             target.graph, by_target, self.weights, self.subgraphs, observe=observe, given=given, alias=alias, held=held

@@ -16,9 +16,9 @@ import torch
 from sympy.printing.precedence import PRECEDENCE, precedence
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy import functions as sf
-from torch.utils._sympy.printers import PythonPrinter
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
+from .dims import SizePrinter
 from .errors import GraphlatheError
 
 DTYPE_NAMES: dict[torch.dtype, str] = {
@@ -78,7 +78,7 @@ def symbols_of(value: Any) -> set[sympy.Symbol]:
     return set()
 
 
-class _ExprPrinter(PythonPrinter):
+class _ExprPrinter(SizePrinter):
     """Prints an expression as it is built, under other names, and in an order that depends on those names alone.
 
     Renaming by substitution would build the expression anew, and sympy may then simplify it: the text would not read

@@ -235,7 +235,10 @@ class _Structure:
         weight = self.program.weights.get(initial)
         if weight is None:
             self.fail(f"no weight '{initial}', which a state starts from", node)
-        if weight.dtype != before.dtype or len(weight.shape) != before.dim():
+        fits = len(weight.shape) == before.dim() and all(
+            not isinstance(size, int) or size == stored for size, stored in zip(before.shape, weight.shape, strict=True)
+        )
+        if weight.dtype != before.dtype or not fits:
             self.fail(
                 f"a state starts from '{initial}', {weight.dtype} {list(weight.shape)}", node, expected=describe(before)
             )

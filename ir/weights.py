@@ -9,6 +9,7 @@ numbers really differ, and a model larger than memory can be cut and exported.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -87,7 +88,7 @@ class FileSource:
 
     def load(self) -> torch.Tensor:
         """Map the range; pages are read when touched, and stay clean (the kernel can drop them)."""
-        nbytes = int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        nbytes = math.prod(self.shape) * self.dtype.itemsize
         if nbytes == 0:
             return torch.empty(self.shape, dtype=self.dtype)
         try:
@@ -292,7 +293,7 @@ class Weight:
     @property
     def numel(self) -> int:
         """Number of elements."""
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:

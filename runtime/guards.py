@@ -32,6 +32,10 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "ceil": math.ceil,
     "ceiling": math.ceil,
     "abs": abs,
+    "float": float,
+    "round": round,
+    "trunc": math.trunc,
+    "sqrt": math.sqrt,
 }
 
 

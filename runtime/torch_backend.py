@@ -9,7 +9,7 @@ import torch
 
 from ..ir.entry_module import EntryModule
 from ..ir.errors import GraphlatheError
-from ..ir.execute import memory_of, own_memory
+from ..ir.execute import as_traced, memory_of, own_memory
 from ..ir.program import Program
 from .session import ProgramSession
 
@@ -47,7 +47,7 @@ class TorchSession(ProgramSession):
 
     def _execute(self, feeds: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -> dict[str, Any]:
         with torch.no_grad():
-            moved = [value.to(self.device) for value in feeds.values()]
+            moved = [as_traced(value).to(self.device) for value in feeds.values()]
             values = self._call(*moved)
         values = own_memory(values, self._held.union(*map(memory_of, moved)))
         return {n: v for n, v in zip(self.entry.outputs, values, strict=True) if v is not None}

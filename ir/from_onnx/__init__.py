@@ -8,7 +8,6 @@ become origins.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch.fx import traceback
 
+from ..calling import identifier
 from ..errors import ImportModelError, UnsupportedOpError, suggest
 from ..from_torch import trace
 from ..program import ORIGIN, Program
@@ -89,7 +89,7 @@ class _Port:
         self.dims: dict[int, str] = {}
         for axis, dim in enumerate(kind.shape.dim):
             self.fixed.append(dim.dim_value)
-            if not dim.HasField("dim_value"):
+            if not dim.HasField("dim_value") or dim.dim_value < 0:  # older exporters write -1 for a dynamic one
                 self.dims[axis] = identifier(dim.dim_param or f"{self.name}_{axis}")
 
     def example(self, sizes: Mapping[str, int]) -> torch.Tensor:
@@ -97,12 +97,6 @@ class _Port:
         return torch.ones(
             [sizes[self.dims[a]] if a in self.dims else n for a, n in enumerate(self.fixed)], dtype=self.dtype
         )
-
-
-def identifier(name: str) -> str:
-    """A name as a Python identifier."""
-    text = re.sub(r"\W+", "_", name)
-    return f"_{text}" if not text or text[0].isdigit() else text
 
 
 def _examples(ports: list[_Port], given: Mapping[str, int]) -> list[dict[str, int]]:
@@ -147,9 +141,11 @@ def _rename(program: Program, walk: Walk, ports: list[_Port], outputs: list[str]
     """Give inputs, outputs and weights the file's names, weights their numbers, and nodes their origins."""
     entry = program.main
     by_leaf = {f"inputs.{i}": port.name for i, port in enumerate(ports)}
+    taken: set[str] = set()
     for name, node in zip(entry.inputs, entry.placeholders, strict=True):
-        node.target = identifier(by_leaf[name])
-        node._rename(identifier(by_leaf[name]))
+        node.target = identifier(by_leaf[name], taken)
+        node._rename(node.target)
+        taken.add(node.target)
         node.meta[ORIGIN] = by_leaf[name]
     entry.inputs = tuple(by_leaf[name] for name in entry.inputs)
     entry.arguments = {name: (name,) for name in entry.inputs}

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .registry import operator
+from .values import Host
 
 
 def _floating(value: Any) -> bool:
@@ -42,13 +43,19 @@ def div(a: Tensor, b: Tensor) -> Tensor:
     return a / b if _floating(a) else torch.div(a, b, rounding_mode="trunc")
 
 
-@operator("Pow", scalars=True)
-def pow_(base: Tensor, exponent: Tensor) -> Tensor:
+@operator("Pow", known=("base", "exponent"))
+def pow_(base: Tensor | Host, exponent: Tensor | Host) -> Tensor:
     """The result has the base's type, whatever the exponent's is."""
-    if isinstance(exponent, Tensor) and isinstance(base, Tensor) and exponent.dtype != base.dtype:
-        result = torch.pow(base, exponent)
-        return result.to(base.dtype)
-    return torch.pow(base, exponent)
+    base = _as_tensor(base)
+    literal = isinstance(exponent, Host) and len(exponent.items) == 1 and len(exponent.shape) <= base.dim()
+    power: Any = exponent.item if isinstance(exponent, Host) and literal else _as_tensor(exponent)
+    result = torch.pow(base, power)
+    return result if result.dtype == base.dtype else result.to(base.dtype)
+
+
+def _as_tensor(value: Tensor | Host) -> Tensor:
+    """A known value as a tensor of its own type."""
+    return value if isinstance(value, Tensor) else value.to_tensor()
 
 
 @operator("Mod", scalars=True)
@@ -181,18 +188,10 @@ def is_inf(x: Tensor, *, detect_negative: int = 1, detect_positive: int = 1) -> 
     )
 
 
-@operator("Where", scalars=True)
-def where(condition: Tensor, a: Any, b: Any) -> Tensor:
-    """Known numbers stay numbers; their type is the other branch's."""
-    if not isinstance(condition, Tensor):
-        condition = torch.full((), condition, dtype=torch.bool)
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        dtype = a.dtype if isinstance(a, Tensor) else b.dtype
-        if not isinstance(a, Tensor):
-            a = torch.full((), a, dtype=dtype)
-        if not isinstance(b, Tensor):
-            b = torch.full((), b, dtype=dtype)
-    return torch.where(condition, a, b)
+@operator("Where", known=("condition", "a", "b"))
+def where(condition: Tensor | Host, a: Tensor | Host, b: Tensor | Host) -> Tensor:
+    """Known numbers keep their types."""
+    return torch.where(*map(_as_tensor, (condition, a, b)))
 
 
 @operator("Clip", scalars=True)

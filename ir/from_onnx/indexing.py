@@ -80,4 +80,6 @@ def one_hot(indices: Tensor, depth: Host, values: Tensor, *, axis: int = -1) -> 
 
 @operator("TopK", host=("k",))
 def top_k(x: Tensor, k: Host, *, axis: int = -1, largest: int = 1, sorted: int = 1) -> Any:
-    return tuple(torch.topk(x, k.items[0], axis, bool(largest), bool(sorted)))
+    """Of equal elements the one with the lower index comes first, which torch.topk does not promise."""
+    values, indices = torch.sort(x, stable=True, dim=axis, descending=bool(largest))
+    return tuple(torch.ops.aten.slice.Tensor(each, axis, 0, k.items[0]) for each in (values, indices))

@@ -161,7 +161,12 @@ def max_pool(
     padding = _padding(x, spatial, kernel_shape, strides, dilations, pads, auto_pad)
     even = _symmetric(padding)
     if even is None or any(2 * p > k for p, k in zip(even, kernel_shape, strict=True)):
-        x, even = _pad(x, padding, float("-inf")), [0] * spatial
+        if ceil_mode:
+            raise ImportModelError(
+                "MaxPool with ceil_mode and uneven padding is not supported", expected="even pads, or ceil_mode 0"
+            )
+        lowest = float("-inf") if x.is_floating_point() else torch.iinfo(x.dtype).min
+        x, even = _pad(x, padding, lowest), [0] * spatial
     return _MAX_POOL[spatial](x, list(kernel_shape), strides, even, dilations, bool(ceil_mode))
 
 
@@ -253,6 +258,12 @@ def resize(
             expected="what torch.nn.functional.interpolate does: linear and cubic with half_pixel or align_corners",
         )
     target = [wanted.get(axis, x.shape[axis] if given is sizes else 1.0) for axis in range(2, x.dim())]
+    lengths = target if given is sizes else [n * s for n, s in zip(x.shape[2:], target, strict=True)]
+    short = any(isinstance(length, (int, float)) and length < 2 for length in lengths)
+    if coordinates == "pytorch_half_pixel" and mode != "nearest" and short:
+        raise ImportModelError(
+            "Resize to a length of 1 with 'pytorch_half_pixel' is not supported", expected="'half_pixel'"
+        )
     options: dict[str, Any] = {} if mode == "nearest" else {"align_corners": corners, "antialias": bool(antialias)}
     return F.interpolate(x, **{"size" if given is sizes else "scale_factor": target}, mode=method, **options)
 

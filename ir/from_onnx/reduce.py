@@ -45,8 +45,9 @@ def _reduction(function: Reduction) -> Callable[..., Tensor]:
         given = axes_input.items if axes_input is not None else axes or ()
         if not given and noop_with_empty_axes:
             # Only the reduction is left out: a sum of squares still squares.
-            return function(x.unsqueeze(0), [0], False)
-        return function(x, sorted(a % x.dim() for a in given) or list(range(x.dim())), bool(keepdims))
+            return function(x.unsqueeze(0), [0], False).to(x.dtype)
+        result = function(x, sorted(a % x.dim() for a in given) or list(range(x.dim())), bool(keepdims))
+        return result if result.dtype == x.dtype else result.to(x.dtype)  # torch sums integers up in int64
 
     return reduce
 
@@ -73,8 +74,9 @@ def cumulative_sum(x: Tensor, axis: Host, *, exclusive: int = 0, reverse: int = 
     where = axis.items[0]
     x = x.flip(where) if reverse else x
     result = torch.cumsum(x, where, dtype=x.dtype)
-    if exclusive:
-        result = result - x
+    if exclusive:  # not by subtraction, which rounding and infinities would spoil
+        zero = torch.zeros_like(torch.ops.aten.slice.Tensor(x, where, 0, 1))
+        result = torch.cat([zero, torch.ops.aten.slice.Tensor(result, where, 0, -1)], where)
     return result.flip(where) if reverse else result
 
 

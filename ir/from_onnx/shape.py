@@ -100,7 +100,8 @@ def _bounded(bound: Number) -> Number:
 def _flipped(x: Tensor, axis: int, start: Number, end: Number, step: int) -> tuple[Tensor, Number, Number, int]:
     """The same elements of the flipped tensor, with a positive step."""
     length = x.shape[axis]
-    first = length - 1 - start if start >= 0 else -1 - start
+    # A start before the first element is the first element.
+    first = length - 1 - start if start >= 0 else -1 - start if start == -1 else torch.sym_min(-1 - start, length - 1)
     last = sys.maxsize if isinstance(end, int) and end < -(2**30) else length - 1 - end if end >= 0 else -1 - end
     return x.flip(axis), torch.sym_max(first, 0), last, -step
 

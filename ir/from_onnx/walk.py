@@ -72,6 +72,39 @@ def check_supported(model: OnnxModel) -> None:
         )
 
 
+def rename_constants(graph: Any) -> None:
+    """Give every constant inside an ``If`` a name of its own: two branches may use one name for different numbers."""
+    seen: set[str] = {name for node in graph.node for name in node.output}
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                _rename_inside(attribute.g, seen)
+
+
+def _rename_inside(graph: Any, seen: set[str]) -> None:
+    for node in graph.node:
+        if node.op_type == "Constant" and node.domain in _STANDARD and node.output[0] in seen:
+            old, new = node.output[0], f"{node.output[0]}.{len(seen)}"
+            node.output[0] = new
+            _rename_uses(graph, old, new)
+        seen.update(node.output)
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                _rename_inside(attribute.g, seen)
+
+
+def _rename_uses(graph: Any, old: str, new: str) -> None:
+    for node in all_nodes(graph):
+        for index, name in enumerate(node.input):
+            if name == old:
+                node.input[index] = new
+    nested = [a.g for node in all_nodes(graph) for a in node.attribute if a.HasField("g")]
+    for each in (graph, *nested):
+        for output in each.output:
+            if output.name == old:
+                output.name = new
+
+
 class Walk(nn.Module):
     """The ONNX graph as a module: ``forward(inputs)`` takes the graph's inputs in order, and returns its outputs.
 
@@ -82,6 +115,7 @@ class Walk(nn.Module):
     def __init__(self, model: OnnxModel) -> None:
         super().__init__()
         self.model = model
+        rename_constants(model.graph)
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.names: dict[str, str] = {}
         self.stored: dict[str, Weight] = {}
@@ -160,7 +194,9 @@ class Walk(nn.Module):
             raise ImportModelError(
                 f"{node.op_type} failed on shapes {shapes}: {type(error).__name__}: {first}",
                 node=node_name(node),
-                remedy="if dimensions depend on each other, pass sizes={name: size} that fit together",
+                remedy="if dimensions depend on each other, pass sizes={name: size} that fit together"
+                if any(isinstance(n, torch.SymInt) for v in values if v is not None for n in v.shape)
+                else None,
             ) from error
 
     def _call(self, node: Any, values: list[Value]) -> Any:
@@ -208,6 +244,12 @@ class Walk(nn.Module):
                 arguments.append(None)
             elif entry.parameter(position) in entry.host:
                 arguments.append(self._known(node, entry.parameter(position), value))
+            elif (
+                entry.parameter(position) in entry.known
+                and isinstance(value, Host)
+                and (len(value.items) == 1 or value.name not in self.tensors)
+            ):
+                arguments.append(value)
             elif (
                 entry.scalars
                 and ranks

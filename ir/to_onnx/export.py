@@ -12,6 +12,7 @@ from typing import Any
 
 import onnx
 import onnx_ir as ir
+import sympy
 from onnx_ir.passes import common
 from onnxscript import version_converter
 
@@ -153,12 +154,21 @@ def export_onnx(
         The path.
 
     Raises:
-        ExportError: an operator cannot be exported, the checker refuses the result, or the file cannot be written.
+        ExportError: an operator cannot be exported (at all sizes), the checker refuses the result, or the file cannot be
+            written.
     """
     result = to_onnx_model(program, opset=opset, entry=entry, metadata=metadata, fallback=fallback)
     for value in result.model.graph.initializers.values():
         if isinstance(value.const_value, WeightTensor):
             value.const_value.require_numbers()
+    fixed = [guard for guard in result.guards if guard.expr.has(sympy.Eq)]
+    if fixed:
+        # Whoever runs the file checks no guards: at other sizes its numbers would be wrong.
+        texts = ", ".join(program.entries[entry].dims.format_expr(guard.expr) for guard in fixed)
+        raise ExportError(
+            f"the file would only be right where {texts}, which decomposing an operator had to assume",
+            remedy="trace the model with that dimension fixed; a session (compile) runs it and checks the sizes",
+        )
     if check:
         check_graph(result.model)
     if notes is not None:

@@ -6,6 +6,7 @@ the ONNX value of the result, or NotImplemented to leave the node to PyTorch's t
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -88,6 +89,80 @@ def square(t: Translator, node: fx.Node, x: ir.Value) -> Any:
 def dropout(t: Translator, node: fx.Node, x: ir.Value, p: float, train: bool) -> Any:
     """Nothing, when the model is not in training."""
     return NotImplemented if train else x
+
+
+@special(aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default)
+def average_pool(t: Translator, node: fx.Node, x: ir.Value, kernel: Any, *rest: Any, **options: Any) -> Any:
+    """With a divisor of its own: the mean over the window, times the window's size over the divisor."""
+    names = ("stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+    given = dict(zip(names, rest, strict=False)) | options
+    divisor = given.get("divisor_override")
+    if divisor is None:
+        return NotImplemented
+    from .translate import NoTranslation
+
+    if given.get("ceil_mode"):
+        raise NoTranslation(node, "a pool with divisor_override and ceil_mode counts windows as ONNX does not")
+    rank = node.meta["val"].dim() - 2
+    window = list(kernel) * (rank if len(kernel) == 1 else 1)
+    strides, pads = (list(given.get(n) or d) for n, d in (("stride", window), ("padding", [0])))
+    strides, pads = (v * (rank if len(v) == 1 else 1) for v in (strides, pads))
+    mean = t.recorder.op("AveragePool", x, kernel_shape=window, strides=strides, pads=pads * 2, count_include_pad=1)
+    dtype = ir.DataType(int(_element(node)))
+    return t.recorder.op("Mul", mean, t.recorder.constant(math.prod(window) / divisor, dtype))
+
+
+@special(aten.squeeze.dim, aten.squeeze.dims)
+def squeeze(t: Translator, node: fx.Node, x: ir.Value, dims: Any) -> Any:
+    """Dimensions of another size than 1 stay, which ONNX calls an error."""
+    source: Any = node.args[0]
+    shape = source.meta["val"].shape
+    listed = [dims] if isinstance(dims, int) else list(dims)
+    gone = sorted({d % len(shape) for d in listed if isinstance(shape[d], int) and shape[d] == 1} if shape else set())
+    if len(shape) - len(gone) != node.meta["val"].dim():
+        return NotImplemented
+    return t.recorder.op("Squeeze", x, t.recorder.constant(gone, ir.DataType.INT64)) if gone else x
+
+
+@special(aten.add.Tensor, aten.mul.Tensor)
+def arithmetic_of_truth_values(t: Translator, node: fx.Node, a: Any, b: Any, alpha: float = 1) -> Any:
+    """The sum of truth values is ``or``, their product ``and``."""
+    kinds = [n.meta["val"] if isinstance(n, fx.Node) else None for n in node.args[:2]]
+    if not all(isinstance(v, torch.Tensor) and v.dtype is torch.bool for v in kinds) or alpha != 1:
+        return NotImplemented
+    return t.recorder.op("Or" if node.target is aten.add.Tensor else "And", a, b)
+
+
+@special(aten.sub.Tensor)
+def subtract_scaled(t: Translator, node: fx.Node, a: Any, b: Any, alpha: float = 1) -> Any:
+    """``a - alpha * b`` with a number for ``b`` or a factor."""
+    if alpha == 1 or isinstance(b, ir.Value):
+        return NotImplemented
+    return t.recorder.op("Sub", a, t.recorder.constant(alpha * b, ir.DataType(int(_element(node)))))
+
+
+@special(aten.sort.stable)
+def stable_sort(t: Translator, node: fx.Node, x: ir.Value, *rest: Any, **options: Any) -> Any:
+    """All of them as the top ones: ONNX puts equal elements in the order of their indices."""
+    op = t.recorder.op
+    named = dict(zip(("stable", "dim", "descending"), rest, strict=False)) | options
+    axis = named.get("dim", -1)
+    size = op("Gather", op("Shape", x), t.recorder.constant([axis], ir.DataType.INT64), axis=0)
+    return op("TopK", x, size, axis=axis, largest=int(named.get("descending", False)), sorted=1)
+
+
+@special(aten.embedding_bag.padding_idx, aten._embedding_bag.default, aten._embedding_bag_forward_only.default)
+def embedding_bag(t: Translator, node: fx.Node, *_: Any, **__: Any) -> Any:
+    """PyTorch's translation node by node makes a file that ONNX Runtime does not survive."""
+    from .translate import NoTranslation
+
+    raise NoTranslation(node, "embedding bags are left to PyTorch's own exporter")
+
+
+def _element(node: fx.Node) -> int:
+    from .initializers import onnx_dtype
+
+    return int(onnx_dtype(node.meta["val"].dtype))
 
 
 @special(aten._is_all_true.default, aten._is_any_true.default)

@@ -14,6 +14,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
+from ..errors import ExportError
 from .recorder import Recorder
 
 INT, FLOAT, BOOL = ir.DataType.INT64, ir.DataType.DOUBLE, ir.DataType.BOOL
@@ -57,7 +58,8 @@ class Numbers:
         if isinstance(value, ir.Value):
             return value
         kind = scalar_type(value)
-        assert kind is not None, value
+        if kind is None:
+            raise ExportError(f"ONNX has no value for {value!r}", remedy="leave it out of the outputs")
         return self.recorder.constant(value, kind)
 
     def cast(self, value: ir.Value, kind: ir.DataType | None) -> ir.Value:

@@ -101,8 +101,11 @@ class Translator:
         self._outputs()
         return self.graph
 
-    def _initializer(self, name: str) -> ir.Value:
-        tensor = WeightTensor(name, self.program.weights[name])  # pyright: ignore[reportAbstractUsage]
+    def _initializer(self, weight: str) -> ir.Value:
+        ports = {*self.entry.inputs, *self.entry.outputs}
+        # A file has one space of names, and a weight called as an input would be a default for it.
+        name = self.unique(f"{weight}.weight") if weight in ports else weight
+        tensor = WeightTensor(name, self.program.weights[weight])  # pyright: ignore[reportAbstractUsage]
         value = self.recorder.value(name)
         value.type, value.shape, value.const_value = ir.TensorType(tensor.dtype), tensor.shape, tensor
         self.graph.initializers[name] = value

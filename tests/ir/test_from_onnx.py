@@ -16,6 +16,7 @@ import torch
 from graphlathe.ir.errors import GraphlatheError, ImportModelError, InputError, UnsupportedOpError
 from graphlathe.ir.from_onnx import from_onnx, supported
 from graphlathe.ir.from_torch import trace
+from graphlathe.ir.load import load
 from graphlathe.ir.program import ORIGIN, Program
 from graphlathe.ir.weights import FileSource
 from graphlathe.tools.zoo import get
@@ -726,3 +727,151 @@ def test_recorded_guards_choose_sizes_and_are_checked(tmp_path: Path) -> None:
     model.metadata_props[0].value = "__import__('os')"
     with pytest.raises(ImportModelError, match="cannot be read"):
         _import(model, tmp_path)
+
+
+def _array(values: Any, dtype: Any) -> np.ndarray:
+    return np.array(values, dtype=dtype)
+
+
+_HALF = np.float16
+_Q = torch.tensor
+# Operator, attributes, opset, the input, and constants: what ONNX says and PyTorch's namesake does otherwise.
+_SEMANTICS: dict[str, tuple[str, dict[str, Any], int, torch.Tensor, list[np.ndarray]]] = {
+    "where of halves": ("Where", {}, 20, _Q([True, False]), [_HALF(1.5), _HALF(-2)]),
+    "where of int32": ("Where", {}, 20, _Q([True, False]), [np.int32(1), np.int32(-2)]),
+    "where of doubles": ("Where", {}, 20, _Q([True, False]), [np.float64(1), np.float64(-2)]),
+    "where of a row": ("Where", {}, 20, _Q(True), [_array([1.0], np.float32), np.float32(-2)]),
+    "an integer to a fraction": ("Pow", {}, 20, _Q([1, 2, 3]), [np.float32(1.5)]),
+    "an integer to fractions": ("Pow", {}, 20, _Q([1, 2, 3]), [_array([1.5, 2, 0], np.float32)]),
+    "product of int32": ("ReduceProd", {}, 18, _Q([[1, 2], [3, 4]], dtype=torch.int32), [_array([1], np.int64)]),
+    "L1 of int32": ("ReduceL1", {}, 18, _Q([[1, -2], [3, 4]], dtype=torch.int32), [_array([1], np.int64)]),
+    "squares of int32": ("ReduceSumSquare", {}, 18, _Q([[1, 2]], dtype=torch.int32), [_array([1], np.int64)]),
+    "running sum of unequal numbers": ("CumSum", {"exclusive": 1}, 20, _Q([1.0, 1e20, 1.0]), [np.int64(0)]),
+    "running sum of infinities": ("CumSum", {"exclusive": 1}, 20, _Q([1.0, torch.inf, 1.0]), [np.int64(0)]),
+    "running sum from the end": (
+        "CumSum",
+        {"exclusive": 1, "reverse": 1},
+        20,
+        torch.arange(6.0).reshape(2, 3),
+        [np.int64(1)],
+    ),
+    "slice from before the start": (
+        "Slice",
+        {},
+        20,
+        torch.arange(5.0),
+        [_array([-100], np.int64), _array([-200], np.int64), _array([0], np.int64), _array([-1], np.int64)],
+    ),
+    "slice backward": (
+        "Slice",
+        {},
+        20,
+        torch.arange(5.0),
+        [_array([-2], np.int64), _array([-200], np.int64), _array([0], np.int64), _array([-2], np.int64)],
+    ),
+    "uneven pool": ("MaxPool", {"kernel_shape": [2], "pads": [1, 0], "strides": [2]}, 20, _numbers(1, 2, 5), []),
+}
+
+
+@pytest.mark.parametrize("name", _SEMANTICS)
+def test_semantics_that_differ_from_torch(name: str, tmp_path: Path) -> None:
+    operator, attributes, opset, x, constants = _SEMANTICS[name]
+    inputs = ["x", *(f"c{i}" for i in range(len(constants)))]
+    kind = oh.np_dtype_to_tensor_dtype(x.numpy().dtype)
+    nodes = [oh.make_node(operator, inputs, ["y"], **attributes)]
+    model = _model(
+        nodes, [("x", kind, list(x.shape))], ["y"], {f"c{i}": value for i, value in enumerate(constants)}, opset
+    )
+    _check(model, tmp_path, {"x": x})
+
+
+def test_ties_go_to_the_lower_index(tmp_path: Path) -> None:
+    x = torch.tensor([[1.0, 2, 2, 2, 0, 2], [0, 0, 0, 0, 0, 0]])
+    for largest in (0, 1):
+        nodes = [oh.make_node("TopK", ["x", "k"], ["values", "indices"], largest=largest)]
+        model = _model(nodes, [("x", F, ["N", 6])], ["values", "indices"], {"k": np.array([3], np.int64)})
+        program = _check(model, tmp_path, {"x": x}, {"x": x.repeat(2, 1)})
+        again = load(program.export_onnx(tmp_path / "again.onnx")).run({"x": x})
+        assert all(torch.equal(again[name], value) for name, value in program.run({"x": x}).items())
+
+
+@pytest.mark.parametrize(
+    ("operator", "attributes", "constants", "shape"),
+    [
+        ("MaxPool", {"kernel_shape": [2], "pads": [1, 0], "ceil_mode": 1}, {}, [1, 1, 4]),
+        (
+            "Resize",
+            {"mode": "linear", "coordinate_transformation_mode": "pytorch_half_pixel"},
+            {"": None, "scales": np.array([1, 1, 0.25], np.float32)},
+            [1, 1, 4],
+        ),
+    ],
+)
+def test_forms_that_torch_lacks_are_refused(
+    operator: str, attributes: dict[str, Any], constants: dict[str, Any], shape: list[int], tmp_path: Path
+) -> None:
+    nodes = [oh.make_node(operator, ["x", *constants], ["y"], **attributes)]
+    stored = {name: value for name, value in constants.items() if name}
+    with pytest.raises(ImportModelError, match="is not supported"):
+        _import(_model(nodes, [("x", F, shape)], ["y"], stored), tmp_path)
+
+
+@pytest.mark.parametrize("condition", [True, False])
+def test_branches_may_use_one_name_for_two_constants(condition: bool, tmp_path: Path) -> None:
+    def branch(number: float) -> onnx.GraphProto:
+        constant = oh.make_node("Constant", [], ["c"], value=nh.from_array(np.float32(number)))
+        return oh.make_graph(
+            [constant, oh.make_node("Add", ["x", "c"], ["sum"])],
+            "branch",
+            [],
+            [oh.make_tensor_value_info("sum", F, [3])],
+        )
+
+    nodes = [oh.make_node("If", ["condition"], ["y"], then_branch=branch(1), else_branch=branch(10))]
+    _check(
+        _model(nodes, [("x", F, [3])], ["y"], {"condition": np.array(condition)}), tmp_path, {"x": torch.arange(3.0)}
+    )
+
+
+def test_inputs_whose_names_look_alike(tmp_path: Path) -> None:
+    model = _model([oh.make_node("Sub", ["in.1", "in_1"], ["y"])], [("in.1", F, [2]), ("in_1", F, [2])], ["y"])
+    _check(model, tmp_path, {"in.1": torch.ones(2), "in_1": torch.arange(2.0)})
+
+
+def test_minus_one_is_a_dynamic_dimension(tmp_path: Path) -> None:
+    program = _check(_model([oh.make_node("Relu", ["x"], ["y"])], [("x", F, [-1, 3])], ["y"]), tmp_path)
+    assert [dim.name for dim in program.main.dims.by_name.values()] == ["x_0"]
+
+
+def _spoiled(change: Callable[[onnx.ModelProto], None]) -> onnx.ModelProto:
+    model = _model([oh.make_node("Add", ["x", "w"], ["y"])], [("x", F, [2, 3])], ["y"], {"w": np.ones((2, 3), "f")})
+    change(model)
+    return model
+
+
+def _set(tensor: Any, **fields: Any) -> None:
+    for name, value in fields.items():
+        setattr(tensor, name, value)
+
+
+_DAMAGE: dict[str, Callable[[onnx.ModelProto], None]] = {
+    "negative": lambda m: m.graph.initializer[0].dims.__setitem__(0, -2),
+    "huge": lambda m: (
+        m.graph.initializer[0].dims.__setitem__(0, 2**32),
+        m.graph.initializer[0].dims.__setitem__(1, 2**32),
+    ),
+    "kind": lambda m: _set(m.graph.initializer[0], data_type=99),
+    "short": lambda m: (
+        _set(m.graph.initializer[0], raw_data=b""),
+        m.graph.initializer[0].ClearField("raw_data"),
+        m.graph.initializer[0].float_data.append(1.0),
+    ),
+    "state": lambda m: m.metadata_props.add(key="graphlathe.state", value='[{"input": "no", "output": "y"}]'),
+}
+
+
+@pytest.mark.parametrize("change", _DAMAGE.values(), ids=_DAMAGE.keys())
+def test_damaged_files_are_told_in_one_message(change: Callable[[onnx.ModelProto], Any], tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(_spoiled(change).SerializeToString())
+    with pytest.raises(ImportModelError):
+        load(tmp_path / "model.onnx")

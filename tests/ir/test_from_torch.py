@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from torch import nn
 from graphlathe.ir.errors import ImportModelError, InputError
 from graphlathe.ir.from_torch import trace
 from graphlathe.ir.functionalize import is_mutation
-from graphlathe.ir.program import Outputs
+from graphlathe.ir.program import Outputs, Program
+from graphlathe.ir.verify import verify
+from graphlathe.passes.optimize import optimize
 
 
 class _Linear(nn.Module):
@@ -284,3 +287,187 @@ def test_call_time_checks() -> None:
 def test_arrays_are_examples_too() -> None:
     program = trace(nn.Linear(3, 2), (np.ones((4, 3), dtype=np.float32),))
     assert program.inputs[0].shape == (4, 3)
+
+
+class _Minus(nn.Module):
+    def forward(self, a: Any, b: Any) -> torch.Tensor:
+        a, b = (v["v"] if isinstance(v, dict) else v for v in (a, b))
+        return a - 2 * b
+
+
+def test_one_tensor_given_twice_is_two_inputs() -> None:
+    x = torch.randn(3)
+    program = trace(_Minus(), (x, x))
+    a, b = torch.randn(3), torch.randn(3)
+    assert torch.equal(program(a, b), a - 2 * b)
+
+
+def test_arguments_have_the_callables_order_whatever_the_examples() -> None:
+    a, b = torch.randn(3), torch.randn(3)
+    program = trace(_Minus(), {"b": b, "a": a})
+    assert torch.equal(program(a, b), a - 2 * b)
+
+
+def test_leaves_go_where_their_paths_say() -> None:
+    class Pair(nn.Module):
+        def forward(self, pair: dict[str, torch.Tensor]) -> torch.Tensor:
+            return pair["a"] - 2 * pair["b"]
+
+    a, b = torch.randn(3), torch.randn(3)
+    program = trace(Pair(), {"pair": {"b": b, "a": a}})
+    for pair in ({"a": a, "b": b}, {"b": b, "a": a}):
+        assert torch.equal(program(pair=pair), a - 2 * b)
+    with pytest.raises(InputError, match=r"'pair' holds pair\.zzz, pair\.a"):
+        program(pair={"zzz": b, "a": a})
+
+
+def test_names_that_look_alike_stay_apart() -> None:
+    class Alike(nn.Module):
+        def forward(self, a: dict[str, torch.Tensor], a_b: torch.Tensor) -> torch.Tensor:
+            return a["b"] - a_b
+
+    x, y = torch.randn(3, 2), torch.randn(3, 2)
+    program = trace(Alike(), {"a": {"b": x}, "a_b": y}, dynamic="auto")
+    for each in (program, Program.load(program.save(Path(tempfile.mkdtemp()) / "saved"))):
+        assert torch.equal(each(a={"b": x}, a_b=y), x - y)
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_views_between_in_place_operators_see_them(views: int) -> None:
+    class Chain(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = x * 1
+            first = y[0]
+            y.add_(1)
+            second = y[1]
+            y.mul_(2)
+            return second * 1 if views == 1 else first * second
+
+    x = torch.randn(3, 4)
+    assert torch.allclose(trace(Chain(), (x,))(x), Chain()(x), rtol=1e-6)
+
+
+def test_in_place_operators_with_other_names_and_types() -> None:
+    class Power(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            y = x * 1
+            y **= 2
+            half = (x * 2).half()
+            half.add_(x)
+            count = (x > 0).long()
+            count.mul_(3)
+            return y, half, count
+
+    x = torch.randn(3, 4)
+    for got, want in zip(trace(Power(), (x,))(x).values(), Power()(x), strict=True):
+        assert got.dtype == want.dtype
+        assert torch.allclose(got, want, rtol=1e-3 if got.dtype is torch.float16 else 1e-6)
+
+
+class _Branching(nn.Module):
+    """What it does at one token is something else (0), the same (1), or refused (2)."""
+
+    def __init__(self, kind: int) -> None:
+        super().__init__()
+        self.kind = kind
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kind == 2:
+            torch._check(x.shape[1] >= 2)
+        if x.shape[1] == 1 and self.kind == 0:
+            return x * 100
+        return x * 2 if x.shape[1] > 1 else x + x
+
+
+@pytest.mark.parametrize(("kind", "least"), [(0, 2), (1, 1), (2, 2)])
+def test_size_one_is_refused_where_the_model_does_something_else(kind: int, least: int) -> None:
+    program = trace(_Branching(kind), (torch.randn(3, 5),), dynamic={"x": ["B", "S"]})
+    assert {dim.name: dim.min for dim in program.main.dims.by_name.values()} == {"B": 1, "S": least}
+    if least == 2:
+        with pytest.raises(InputError, match="dimension S is 1"):
+            program(torch.ones(3, 1))
+    assert trace(_Branching(kind).to("meta"), (torch.randn(3, 5, device="meta"),), dynamic={"x": {1: "S"}})
+
+
+def test_the_modules_own_state_and_the_programs_go_their_own_ways() -> None:
+    class Counter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("count", torch.zeros(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.count.add_(x.sum(0) if x.shape[0] > 1 else x[0])
+            return self.count * 1
+
+    model = Counter()
+    program = trace(model, (torch.ones(2, 3),), dynamic={"x": {0: "B"}})
+    assert bool((model.count == 0).all()), "tracing leaves it alone"
+    first = program(torch.ones(2, 3))
+    model(torch.ones(2, 3))
+    assert torch.equal(program(torch.ones(2, 3))[0], first[0])
+
+
+@pytest.mark.parametrize(
+    "module", [nn.Upsample(scale_factor=0.5, mode="bilinear"), nn.Upsample(scale_factor=1.5)], ids=["half", "more"]
+)
+def test_sizes_through_floating_point(module: nn.Module, tmp_path: Path) -> None:
+    program = trace(module, (torch.randn(1, 2, 8, 8),), dynamic={"input": {2: "H", 3: "W"}})
+    verify(program, 2)
+    x = torch.randn(1, 2, 12, 10)
+    again = Program.load(program.save(tmp_path / "saved"))
+    for each in (program, again):
+        assert torch.allclose(each(x), module(x), rtol=1e-5)
+
+
+def test_memory_formats(tmp_path: Path) -> None:
+    class Last(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x.to(memory_format=torch.channels_last)
+            return x.permute(0, 2, 3, 1).view(x.shape[0], -1, x.shape[1])
+
+    class View(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.reshape(x.shape[0], -1) + 1
+
+    x = torch.randn(2, 3, 4, 5)
+    for model, example in ((Last(), x), (View(), x.contiguous(memory_format=torch.channels_last))):
+        program = trace(model, (example,))
+        again = Program.load(program.save(tmp_path / type(model).__name__))
+        for each in (program, again, optimize(program, (x,), passes="canonicalize")):
+            for given in (x, x.contiguous(memory_format=torch.channels_last)):
+                assert torch.equal(each(given), model(x))
+
+
+@pytest.mark.parametrize(
+    "dim", ["seq len", "lambda", "inf", "größe", "float", torch.export.Dim.DYNAMIC, 2 * torch.export.Dim("B"), 7]
+)
+def test_dimensions_that_cannot_be_called_so(dim: Any) -> None:
+    with pytest.raises(ImportModelError, match=r"dynamic\['input'\]\[0\] is"):
+        trace(nn.ReLU(), (torch.ones(4, 3),), dynamic={"input": {0: dim}})
+
+
+def test_a_dimension_that_the_model_fixes_is_told() -> None:
+    class Add(nn.Module):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return x + y
+
+    with pytest.raises(ImportModelError, match="fixes a named dimension"):
+        trace(Add(), (torch.ones(2, 3), torch.ones(1, 3)), dynamic={"y": {0: "B"}})
+
+    class Keywords(nn.Module):
+        def forward(self, x: torch.Tensor, **others: torch.Tensor) -> torch.Tensor:
+            return x + others["y"]
+
+    example = {"x": torch.ones(4, 3), "y": torch.ones(4, 3)}
+    assert torch.equal(trace(Keywords(), example)(**example), torch.full((4, 3), 2.0))
+    with pytest.raises(ImportModelError, match=r"forward takes as \*\*others"):
+        trace(Keywords(), example, dynamic={"x": {0: "B"}, "y": {0: "B"}})
+
+
+def test_a_dict_of_one_output_stays_a_dict() -> None:
+    class One(nn.Module):
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"output": x + 1}
+
+    assert isinstance(trace(One(), (torch.ones(2),))(torch.ones(2)), Outputs)

@@ -8,6 +8,7 @@ import os
 import resource
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir
@@ -23,6 +24,7 @@ from graphlathe.ir.to_onnx import export_onnx, to_onnx_model
 from graphlathe.ir.to_onnx import write as write_module
 from graphlathe.ir.to_onnx.write import Layout
 from graphlathe.ir.weights import Weight
+from graphlathe.runtime.compile import compile
 from graphlathe.tools import zoo
 from tests.zoo_programs import over_zoo, traced
 
@@ -495,3 +497,85 @@ def test_threads_may_export_at_once() -> None:
         results = list(pool.map(lambda _: to_onnx_model(program.clone()).model, range(8)))
     for model in results:
         assert onnx_ir.serde.serialize_model(model).SerializeToString(deterministic=True) == expected
+
+
+class Shadows(nn.Module):
+    """Weights that are called as an input and as an output are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.tensor(3.0))
+        self.register_buffer("output", torch.tensor(5.0))
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return x * mask + self.mask + self.output
+
+
+def test_weights_called_as_inputs_and_outputs(tmp_path: Path) -> None:
+    program = trace(Shadows(), (torch.ones(3), torch.ones(3)))
+    path = program.export_onnx(tmp_path / "m.onnx")
+    onnx.checker.check_model(str(path), full_check=True)
+    given = {"x": torch.arange(3.0), "mask": torch.tensor([1.0, 2, 4])}
+    assert_same(program, path, given)
+    assert torch.allclose(compile(program, "onnxruntime").run(given)["output"], Shadows()(**given))
+
+
+class Operators(nn.Module):
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(x)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: nn.functional.avg_pool2d(x, 2, divisor_override=3),
+        lambda x: nn.functional.avg_pool2d(x, [2, 3], 1, 1, divisor_override=5),
+        lambda x: x.squeeze(1),
+        lambda x: x.squeeze((0, 1)),
+        lambda x: torch.sub(x, 1, alpha=3),
+        lambda x: (x > 0) + (x < -1),
+        lambda x: (x > 0) * (x > 1),
+    ],
+    ids=["divisor", "divisor and padding", "squeeze", "squeezes", "sub", "or", "and"],
+)
+def test_operators_that_onnx_has_otherwise(function: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 2, 6, 6)
+    program = trace(Operators(function), (x,))
+    assert_same(program, program.export_onnx(tmp_path / "m.onnx", fallback=False), {"x": x})
+
+
+def test_embedding_bags_go_through_the_stock_exporter(tmp_path: Path) -> None:
+    model = nn.EmbeddingBag(9, 4, mode="sum")
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    program = trace(model, (ids,))
+    with pytest.raises(ExportError, match="embedding bags"):
+        program.export_onnx(tmp_path / "m.onnx", fallback=False)
+
+
+def test_text_has_no_place_in_a_file(tmp_path: Path) -> None:
+    class Text(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, str]:
+            return x + 1, "words"
+
+    with pytest.raises(ExportError, match="no value for 'words'"):
+        trace(Text(), (torch.ones(2),)).export_onnx(tmp_path / "m.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_is_right_at_some_sizes_only_is_refused(tmp_path: Path) -> None:
+    x = torch.randn(1, 2, 6, 6)
+    program = trace(nn.AdaptiveAvgPool2d(3), (x,), dynamic={"input": {2: "H"}})
+    with pytest.raises(ExportError, match=r"only be right where .*H % 3"):
+        program.export_onnx(tmp_path / "m.onnx")
+    assert list(tmp_path.iterdir()) == []
+    session = compile(program, "onnxruntime")
+    assert_close(session(x), nn.AdaptiveAvgPool2d(3)(x))
+    with pytest.raises(InputError, match="H=7"):
+        session(torch.randn(1, 2, 7, 6))
+    path = trace(nn.AdaptiveAvgPool2d(3), (x,)).export_onnx(tmp_path / "static.onnx")
+    assert_same(program, path, {"input": x})
