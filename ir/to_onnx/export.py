@@ -16,6 +16,7 @@ import sympy
 from onnx_ir.passes import common
 from onnxscript import version_converter
 
+from ..assumptions import assumptions
 from ..dims import Guard
 from ..errors import ExportError
 from ..program import ORIGIN, Entry, Program
@@ -91,10 +92,27 @@ def to_onnx_model(
 def _export(program: Program, version: int, entry: str, metadata: bool, fallback: bool) -> ExportResult:
     target = program.entries[entry]
     translator = Translator(program, target, version)
-    guards = len(_guards(program))
-    reason: str | None = None
+    with assumptions(program.fake_mode.shape_env) as added:
+        model, reason = _translated(program, target, translator, version, fallback)
+    notes = list(translator.notes)
+    if reason is not None:
+        notes = [f"exported by PyTorch's own exporter, because of {reason}"]
+    if added:
+        texts = ", ".join(target.dims.format_expr(guard.expr) for guard in added)
+        notes.append(f"decomposing an operator had to assume sizes: {texts}")
+    if metadata:
+        model.metadata_props.update(_metadata(program, target, [*target.dims.guards, *added]))
+        if notes:
+            model.metadata_props["graphlathe.notes"] = "\n".join(notes)
+    return ExportResult(model, version, reason, translator.decomposed, tuple(notes), tuple(added))
+
+
+def _translated(
+    program: Program, target: Entry, translator: Translator, version: int, fallback: bool
+) -> tuple[ir.Model, str | None]:
+    """The model, and why PyTorch's stock exporter had to make it (None: it did not)."""
     try:
-        model = _model(translator, version)
+        return _model(translator, version), None
     except NoTranslation as error:
         node = error.node
         place = {"node": node.name, "origin": node.meta.get(ORIGIN)}
@@ -104,23 +122,11 @@ def _export(program: Program, version: int, entry: str, metadata: bool, fallback
                 **place,
                 remedy="allow the fallback to PyTorch's exporter",
             ) from error
-        reason = f"%{node.name} ({node.target}): {error.reason}"
         try:
             model = stock_model(program, target, version)
         except ExportError as stock:
             raise ExportError(f"cannot export {node.target}: {error.reason}; {stock.message}", **place) from stock
-    notes = list(translator.notes)
-    if reason is not None:
-        notes = [f"exported by PyTorch's own exporter, because of {reason}"]
-    added = _guards(program)[guards:]
-    if added:
-        texts = ", ".join(target.dims.format_expr(guard.expr) for guard in added)
-        notes.append(f"decomposing an operator had to assume sizes: {texts}")
-    if metadata:
-        model.metadata_props.update(_metadata(program, target, [*target.dims.guards, *added]))
-        if notes:
-            model.metadata_props["graphlathe.notes"] = "\n".join(notes)
-    return ExportResult(model, version, reason, translator.decomposed, tuple(notes), tuple(added))
+        return model, f"%{node.name} ({node.target}): {error.reason}"
 
 
 def export_onnx(
@@ -154,8 +160,8 @@ def export_onnx(
         The path.
 
     Raises:
-        ExportError: an operator cannot be exported (at all sizes), the checker refuses the result, or the file cannot be
-            written.
+        ExportError: an operator cannot be exported (or not for all sizes), the checker refuses the result, or the file
+            cannot be written.
     """
     result = to_onnx_model(program, opset=opset, entry=entry, metadata=metadata, fallback=fallback)
     for value in result.model.graph.initializers.values():
@@ -255,12 +261,6 @@ def _fill(program: Program, name: str | None) -> float | None:
     values = program.weights[name].tensor()
     uniform = values.numel() > 0 and bool((values == values.reshape(-1)[0]).all())
     return values.reshape(-1)[0].item() if uniform else None
-
-
-def _guards(program: Program) -> list[Guard]:
-    """All size guards that the program's symbols have gathered so far."""
-    env = program.fake_mode.shape_env
-    return [Guard(g.expr) for g in env.guards if g.expr.free_symbols] if env is not None else []
 
 
 def _version() -> str:
