@@ -7,6 +7,7 @@ and return wrong numbers, which is worse than an error.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -62,11 +63,14 @@ class Guard:
         return compile(SizePrinter().doprint(self.expr), "<guard>", "eval")
 
     def holds(self, sizes: Mapping[sympy.Symbol, int]) -> bool:
-        """Whether the condition is true at these sizes (unknown symbols: assumed true)."""
+        """Whether the condition is true at these sizes (unknown symbols: assumed true; divided by zero: it is not)."""
         if any(symbol not in sizes for symbol in self.expr.free_symbols):
             return True
         scope = {str(symbol): size for symbol, size in sizes.items()}
-        return bool(eval(self.code, {"math": __import__("math"), "max": max, "min": min}, scope))
+        try:
+            return bool(eval(self.code, {"math": math, "max": max, "min": min}, scope))
+        except ArithmeticError:
+            return False
 
 
 def size_expr(size: Size) -> sympy.Expr:

@@ -89,11 +89,8 @@ def restrict_sizes(
     conditions = {condition for expr in asked for condition in [env.replace(expr)] if condition.free_symbols}
     hints = {dim.symbol: sympy.Integer(dim.hint) for dim in entry.dims.by_name.values()}
     for name, dim in list(entry.dims.by_name.items()):
-        at_one = hints | {dim.symbol: sympy.Integer(1)}
-        flips = any(
-            dim.symbol in c.free_symbols and c.free_symbols <= hints.keys() and c.xreplace(hints) != c.xreplace(at_one)
-            for c in conditions
-        )
+        about = [c for c in conditions if dim.symbol in c.free_symbols and c.free_symbols <= hints.keys()]
+        flips = any(_flips(condition, hints, dim.symbol) for condition in about)
         if dim.min <= 1 and flips and _has_numbers(model, args, kwargs):
             axes = {
                 (port, axis)
@@ -103,6 +100,14 @@ def restrict_sizes(
             }
             if not _same_at_one(program, model, _narrowed(args, kwargs, arguments, axes), len(args)):
                 entry.dims.by_name[name] = replace(dim, min=2)
+
+
+def _flips(condition: sympy.Basic, hints: Mapping[sympy.Symbol, sympy.Integer], symbol: sympy.Symbol) -> bool:
+    """Whether a condition has another answer where one size is 1 and the others are the example's."""
+    try:
+        return condition.xreplace(dict(hints)) != condition.xreplace({**hints, symbol: sympy.Integer(1)})
+    except ArithmeticError:
+        return True  # a division by a size that 1 makes zero
 
 
 def _has_numbers(model: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

@@ -471,3 +471,16 @@ def test_a_dict_of_one_output_stays_a_dict() -> None:
             return {"output": x + 1}
 
     assert isinstance(trace(One(), (torch.ones(2),))(torch.ones(2)), Outputs)
+
+
+def test_conditions_that_make_no_sense_at_size_one() -> None:
+    class Quarters(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            parts = x.shape[0] // 4
+            return x + 1 if x.shape[0] // parts == 4 else x
+
+    program = trace(Quarters(), (torch.ones(8),), dynamic={"x": {0: "S"}})
+    for size in (1, 3):
+        with pytest.raises(InputError):
+            program(torch.ones(size))
+    assert torch.equal(program(torch.ones(12)), torch.full((12,), 2.0))
