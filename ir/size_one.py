@@ -106,8 +106,8 @@ def _flips(condition: sympy.Basic, hints: Mapping[sympy.Symbol, sympy.Integer], 
     """Whether a condition has another answer where one size is 1 and the others are the example's."""
     try:
         return condition.xreplace(dict(hints)) != condition.xreplace({**hints, symbol: sympy.Integer(1)})
-    except ArithmeticError:
-        return True  # a division by a size that 1 makes zero
+    except (ArithmeticError, AssertionError):
+        return True  # it makes no sense there: a division by zero, a negative size
 
 
 def _has_numbers(model: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

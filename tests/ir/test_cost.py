@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import time
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -18,12 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from graphlathe.ir.cost import Cost, cost
+from graphlathe.ir.cost import cost
 from graphlathe.ir.cost_rules import FREE, RULES
 from graphlathe.ir.errors import InputError
 from graphlathe.ir.from_torch import trace
 from graphlathe.ir.program import Program
 from graphlathe.tools import zoo
+from tests.counting import assert_linear, calls
 from tests.zoo_programs import SAMPLE, over_zoo, traced
 
 # Sizes that a trace leaves open because they come out of a tensor: DeBERTa's attention span, twice the traced length.
@@ -374,17 +374,10 @@ class Deep(nn.Module):
 
 
 @pytest.mark.slow
-def test_time_is_linear_in_depth() -> None:
-    """At most the exponent 1.15 between 40 and 160 layers (best of five, process time)."""
-    seconds: list[float] = []
+def test_work_is_linear_in_depth() -> None:
+    counts: list[int] = []
     for layers in (40, 160):
         program = trace(Deep(layers), {"x": torch.randn(2, 8)}, dynamic={"x": {0: "N"}})
-        runs: list[float] = []
-        found: Cost | None = None
-        for _ in range(5):
-            start = time.process_time()
-            found = cost(program)
-            runs.append(time.process_time() - start)
-        assert found is not None and found.at(N=2).macs == layers * 2 * 64
-        seconds.append(min(runs))
-    assert seconds[1] <= seconds[0] * 4**1.15, seconds
+        assert cost(program).at(N=2).macs == layers * 2 * 64
+        counts.append(calls(lambda program=program: cost(program)))
+    assert_linear(*counts, 4)

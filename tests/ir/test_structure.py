@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +18,7 @@ from graphlathe.ir.structure import Structure, structure
 from graphlathe.passes.base import Context
 from graphlathe.passes.canonical.canonicalize import Canonicalize
 from graphlathe.tools import zoo
+from tests.counting import assert_linear, calls
 from tests.zoo_programs import SAMPLE, over_zoo, traced, zoo_parameters
 
 # The zoo counts Funnel's configured encoder layers; its pooling between them and its decoder of two layers make three
@@ -394,15 +394,10 @@ def test_unknown_entry() -> None:
 
 
 @pytest.mark.slow
-def test_time_is_linear_in_depth() -> None:
-    """At most the exponent 1.15 between 12 and 48 layers (best of five, process time)."""
-    seconds = []
+def test_work_is_linear_in_depth() -> None:
+    counts: list[int] = []
     for layers in (12, 48):
         program = trace(Stack(Norm(), layers), TOKENS)
-        runs = []
-        for _ in range(5):
-            start = time.process_time()
-            assert len(structure(program).streams[0].blocks) == layers
-            runs.append(time.process_time() - start)
-        seconds.append(min(runs))
-    assert seconds[1] <= seconds[0] * 4**1.15, seconds
+        assert len(structure(program).streams[0].blocks) == layers
+        counts.append(calls(lambda program=program: structure(program)))
+    assert_linear(*counts, 4)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import operator
 import re
-import time
 from collections.abc import Callable
 
 import pytest
@@ -463,9 +462,7 @@ def test_blocks_that_repeat_are_inferred_once() -> None:
         inference.value(node)
     # The input and the relu's result differ in nothing that inference looks at.
     assert inference.runs <= 2
-    start = time.process_time()
     verify(program, 2)
-    assert time.process_time() - start < 5
 
 
 def test_inference_tells_arguments_apart() -> None:
