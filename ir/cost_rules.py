@@ -18,6 +18,7 @@ import sympy
 import torch
 from torch import fx
 
+from ..kernels import OPERATORS
 from .dims import size_expr
 from .flow import is_pointwise, is_view, op_name
 
@@ -84,12 +85,15 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 def macs_of(node: fx.Node) -> Any | None:
     """The MACs of an operator, as a number or expression in the graph's own symbols; None if they are unknown."""
+    own = OPERATORS.get(node.target)
+    if own is not None:
+        return own.macs(node)
     name = op_name(node)
     found = RULES.get(name)
     if found is not None:
         return found(node)
     if "scaled_dot_product" in name and "attention" in name:
-        return _attention(node)
+        return attention_macs(node)
     free = name in FREE or name.startswith(_FREE_PREFIXES) or name.endswith(_FREE_SUFFIXES)
     return 0 if free or is_view(node) or is_pointwise(node) or name.partition(".")[0] == "prims" else None
 
@@ -196,14 +200,15 @@ def _any_convolution(node: fx.Node) -> Any:
     return _transposed(node) if argument(node, 6, "transposed", False) else _convolution(node)
 
 
-def _attention(node: fx.Node) -> Any:
+def attention_macs(node: fx.Node) -> Any:
+    """Both products of an attention whose first three operands are [..., length, width]."""
     query, key, value = (sizes(a) for a in node.args[:3])
     return product(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
 @rule("flex_attention")
 def _flexible_attention(node: fx.Node) -> Any:
-    return _attention(node)
+    return attention_macs(node)
 
 
 @rule("lstm", "gru", "rnn_tanh", "rnn_relu")

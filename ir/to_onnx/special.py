@@ -15,6 +15,8 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
+from ...kernels import OPERATORS
+
 if TYPE_CHECKING:
     from .translate import Translator
 
@@ -193,7 +195,10 @@ def grouped_mm(t: Translator, node: fx.Node, x: ir.Value, weight: ir.Value, ends
 
 
 def by_name(target: Any) -> Special | None:
-    """Translations of operators that other packages define, and that may not be loaded."""
+    """Translations of our own operators, and of those that other packages define and that may not be loaded."""
+    own = OPERATORS.get(target)
+    if own is not None:
+        return own.to_onnx
     return _BY_NAME.get(str(target)) if isinstance(target, torch._ops.OpOverload) else None
 
 
