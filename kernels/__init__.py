@@ -1,6 +1,5 @@
-"""Operators of ours, ``graphlathe::*``, for what ATen has no word for. One operator per file."""
+"""Operators of ours, ``graphlathe::*``, for what ATen has no word for. One operator per file.
 
-from .attention import attention
-from .define import NAMESPACE, OPERATORS, Operator, operator
-
-__all__ = ["NAMESPACE", "OPERATORS", "Operator", "attention", "operator"]
+Nothing is imported here: in a checkout this folder is also found as a top-level package called ``kernels``, which other
+libraries look for, and a second import would define the operators twice. `kernels.operators` lists them.
+"""

@@ -16,6 +16,8 @@ from ..ir.errors import PipelineError, suggest
 from ..ir.program import Program
 
 if TYPE_CHECKING:
+    from torch import fx
+
     from ..ir.structure import Structure
 
 Batch = Mapping[str, Any]
@@ -84,6 +86,7 @@ class Stats:
         misses: reasons why places were not rewritten, with counts.
         plan: what was decided, as JSON-serialisable data (for passes that choose).
         notes: lines for the report.
+        missed: the reason for each place that was not rewritten, by its node's name.
     """
 
     hits: int = 0
@@ -91,10 +94,13 @@ class Stats:
     misses: dict[str, int] = field(default_factory=dict)
     plan: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    missed: dict[str, str] = field(default_factory=dict)
 
-    def miss(self, reason: str) -> None:
-        """Count one place that was not rewritten."""
+    def miss(self, reason: str, node: fx.Node | None = None) -> None:
+        """Count one place that was not rewritten; ``node`` is where it is, for who asks about that node."""
         self.misses[reason] = self.misses.get(reason, 0) + 1
+        if node is not None:
+            self.missed[node.name] = reason
 
 
 @dataclass

@@ -17,6 +17,7 @@ BUILTIN: dict[str, str] = {
     "dce": ".canonical.dce:DeadCode",
     "drop-layers": ".layers.drop_layers:DropLayers",
     "fold-constants": ".canonical.fold_constants:FoldConstants",
+    "raise-attention": ".canonical.raise_attention:RaiseAttention",
     "remove-noops": ".canonical.remove_noops:RemoveNoops",
 }
 

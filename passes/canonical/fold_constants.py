@@ -28,10 +28,11 @@ from torch.fx.node import map_arg
 from ...ir.errors import PostconditionError
 from ...ir.program import ORIGIN, Program
 from ...ir.rewrite import Rewriter, has_effect, is_op, is_random
+from ...ir.views import permutation
 from ...ir.weights import Weight
 from ..base import Context, Effect, Pass, Prop, Stats, option
 from .arguments import argument
-from .layout import COMPOSED_VIEWS, permutation
+from .layout import COMPOSED_VIEWS
 
 aten = torch.ops.aten
 

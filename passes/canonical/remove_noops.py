@@ -26,9 +26,10 @@ from torch import fx
 
 from ...ir.program import Program
 from ...ir.rewrite import Rewriter, is_op
+from ...ir.views import permutation
 from ..base import Context, Effect, Pass, Prop, Stats
 from .arguments import argument
-from .layout import COMPOSED_VIEWS, permutation, stride_sensitive
+from .layout import COMPOSED_VIEWS, stride_sensitive
 from .sizes import same_size, same_type
 
 aten = torch.ops.aten

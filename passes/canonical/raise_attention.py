@@ -1,0 +1,268 @@
+"""Attention in its many spellings becomes one operator.
+
+    %s = aten.matmul(%q, %k_t)
+    %s1 = aten.mul(%s, 0.125)
+    %s2 = aten.add(%s1, %mask)
+    %w = aten.softmax(%s2, -1)
+    %o = aten.matmul(%w, %v)             %o = aten.scaled_dot_product_attention(%q, %k, %v, is_causal=True)
+
+What the softmax's scores are made of is read by `passes.canonical.scores`, whichever way it is written: scale on either
+side, masks added or filled in, boolean or not, biases, a soft cap, sinks, heads folded into the batch. Keys and values
+that are repeated for grouped queries are taken before they are repeated. A mask that is proved causal (`ir.masks`, also
+when it was computed by comparing positions) becomes ``is_causal``; one that hides nothing goes. Attention operators
+that are there already are tidied in the same way. Soft caps and sinks need ``graphlathe.attention``; everything else
+is ``aten.scaled_dot_product_attention``.
+
+A score that a mask fills with -10000 or less counts as hidden. If a mask hides *every* key of a query, the query gets
+what it got before: the mean of the values where the mask was finite, zero where it was minus infinity and guarded.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from ...ir.errors import GraphlatheError
+from ...ir.index_functions import IndexFunctions
+from ...ir.masks import Mask, read_mask
+from ...ir.program import Program
+from ...ir.rewrite import Rewriter, is_op
+from ...ir.views import permutation
+from ...kernels.operators import attention
+from ..base import Context, Effect, Pass, Stats
+from .arguments import argument
+from .constants import scalar_of
+from .heads import unrepeated
+from .products import spell_products
+from .scores import SOFTMAX, Added, Hidden, NoAttention, Scores, is_default_scale, read_scores
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, kw_only=True)
+class RaiseAttention(Pass):
+    """Write softmax(QK^T)V, however it is spelled, as one attention operator."""
+
+    name: ClassVar[str] = "raise-attention"
+    effect: ClassVar[Effect] = Effect.EXACT
+
+    def run(self, program: Program, ctx: Context) -> Stats:
+        """Visit every softmax and every attention operator."""
+        stats = Stats()
+        for name in program.graphs:
+            rewriter = Rewriter(program, self.name, name)
+            products = spell_products(rewriter)
+            stats.hits, stats.attempts = stats.hits + products, stats.attempts + products
+            raising = _Raising(rewriter)
+            for node in list(rewriter.graph.nodes):
+                if node._erased:
+                    continue
+                if is_op(node, *SOFTMAX):
+                    stats.attempts += 1
+                    try:
+                        raising.spelled_out(node)
+                        stats.hits += 1
+                    except NoAttention as reason:
+                        stats.miss(str(reason), node)
+                elif is_op(node, aten.scaled_dot_product_attention):
+                    stats.attempts += 1
+                    stats.hits += raising.tidied(node)
+            rewriter.erase_dead()
+        return stats
+
+
+class _Raising:
+    def __init__(self, rewriter: Rewriter) -> None:
+        self.rewriter = rewriter
+        self.functions = IndexFunctions(rewriter.program)
+
+    def spelled_out(self, softmax: fx.Node) -> None:
+        """Raise one softmax.
+
+        Raises:
+            NoAttention: why not.
+        """
+        found = read_scores(self.rewriter.program, softmax, self.functions)
+        with self.rewriter.before(found.output):
+            try:
+                result = self._build(found)
+            except GraphlatheError as error:
+                raise NoAttention(f"one operator refuses these shapes: {error.message}") from error
+        self.rewriter.replace(found.output, result)
+
+    def tidied(self, node: fx.Node) -> bool:
+        """Tidy an attention operator; whether anything changed."""
+        if argument(node, "dropout_p") or node.args[0].meta["val"].dim() < 3:  # type: ignore[union-attr]
+            return False
+        query, key, value = node.args[:3]
+        found = Scores(query, key, value, node)  # type: ignore[arg-type]
+        given = argument(node, "scale")
+        width = query.meta["val"].shape[-1]  # type: ignore[union-attr]
+        if (given is not None and not isinstance(given, float)) or not isinstance(width, int):
+            return False
+        found.scale = 1 / math.sqrt(width) if given is None else given
+        mask = argument(node, "attn_mask")
+        if mask is not None and mask.meta["val"].dtype is torch.bool:
+            found.hidden.append(Hidden(mask, True, -math.inf, False))
+        elif mask is not None:
+            found.added.append(Added(mask, 1.0, False))
+        causal = bool(argument(node, "is_causal"))
+        with self.rewriter.before(node):
+            result = self._operator(found, query, key, value, causal)
+        same = (result.target, _written(result)) == (node.target, _written(node))
+        if same:
+            self.rewriter.erase(result)
+            return False
+        self.rewriter.replace(node, result)
+        return True
+
+    def _build(self, found: Scores) -> fx.Node:
+        query, value = found.query, found.value
+        key = self._transposed(found.key_t)
+        if found.by is not None:
+            query = self.rewriter.call(aten.mul.Tensor, query, found.by, like=query)
+        if found.lead is not None:
+            lead = found.lead
+            query = self._reshaped(query, [*lead[:-1], query.meta["val"].shape[-1]])
+            key = self._reshaped(key, [*lead[:-2], lead[-1], key.meta["val"].shape[-1]])
+            if found.back is not None:
+                value = self._reshaped(value, [*lead[:-2], lead[-1], value.meta["val"].shape[-1]])
+        result = self._operator(found, query, key, value, False)
+        if found.back is not None:
+            result = self._reshaped(result, [*found.back[:-1], result.meta["val"].shape[-1]])
+        return result
+
+    def _operator(self, found: Scores, query: Any, key: Any, value: Any, causal: bool) -> fx.Node:
+        call = self.rewriter.call
+        query, by = self._unscaled(query)
+        key, and_by = self._unscaled(key)
+        scale: float | None = found.scale * by * and_by
+        heads = query.meta["val"].shape[-3]
+        grouped = False
+        if isinstance(heads, int):
+            key, value, grouped = self._ungrouped(query, key, value, heads)
+        added, hidden, causal = self._needed_masks(found, causal)
+        mask = self._mask(found, added, hidden, query.meta["val"].dtype)
+        if is_default_scale(scale, query.meta["val"].shape[-1]):  # type: ignore[arg-type]
+            scale = None
+        like = found.output
+        if found.softcap is not None or found.sinks is not None:
+            options = {"is_causal": causal, "scale": scale, "softcap": found.softcap, "sinks": self._sinks(found)}
+            given = {name: option for name, option in options.items() if option not in (None, False)}
+            return call(attention, query, key, value, *([] if mask is None else [mask]), like=like, **given)
+        options = {"is_causal": causal, "scale": scale, "enable_gqa": grouped}
+        given = {name: option for name, option in options.items() if option not in (None, False)}
+        if mask is not None:
+            given["attn_mask"] = mask
+        sdpa = aten.scaled_dot_product_attention.default
+        return call(sdpa, query, key, value, like=like, **given)
+
+    def _sinks(self, found: Scores) -> fx.Node | None:
+        """The sinks as [heads]."""
+        sinks = found.sinks
+        if sinks is None or sinks.meta["val"].dim() == 1:
+            return sinks
+        return self._reshaped(sinks, [-1])
+
+    def _ungrouped(self, query: Any, key: Any, value: Any, heads: int) -> tuple[Any, Any, bool]:
+        """Keys and values before they were repeated for the heads, when both were, in the same way."""
+        fewer = [unrepeated(x, x.meta["val"].dim() - 3) for x in (key, value)]
+        if all(f is not None for f in fewer) and fewer[0].groups == fewer[1].groups:  # type: ignore[union-attr]
+            return *(f.build(self.rewriter) for f in fewer), True  # type: ignore[union-attr]
+        sizes = {x.meta["val"].shape[-3] for x in (key, value)}
+        return key, value, sizes == {1} and heads != 1
+
+    def _needed_masks(self, found: Scores, causal: bool) -> tuple[list[Added], list[Hidden], bool]:
+        """Masks without those that do nothing; and whether they only say 'causal'."""
+        read: list[tuple[Added | Hidden, Mask]] = []
+        for added in found.added:
+            read.append((added, read_mask(self.functions, added.tensor)))
+        for hidden in found.hidden:
+            read.append((hidden, read_mask(self.functions, hidden.condition, hides=not hidden.visible)))
+        kept = [mask for mask, does in read if not does.everything]
+        if len(kept) == 1 and not causal:
+            does = next(d for mask, d in read if mask is kept[0])
+            if does.exactly_causal and not kept[0].inner:
+                return [], [], True
+        return [m for m in kept if isinstance(m, Added)], [m for m in kept if isinstance(m, Hidden)], causal
+
+    def _mask(self, found: Scores, added: list[Added], hidden: list[Hidden], dtype: torch.dtype) -> fx.Node | None:
+        """One mask: boolean if it only hides by minus infinity, else a tensor to add."""
+        call = self.rewriter.call
+        if hidden and not added and all(h.fill == -math.inf for h in hidden):
+            seen = [self._seen(found, h) for h in hidden]
+            while len(seen) > 1:
+                seen = [call(aten.logical_and.default, seen[0], seen[1], like=found.output), *seen[2:]]
+            return seen[0]
+        lowest = torch.finfo(dtype).min
+        terms = [self._term(found, a, dtype) for a in added]
+        for h in hidden:
+            zero = call(aten.full.default, [], 0, dtype=dtype, like=found.output)
+            fill = h.fill if h.fill == -math.inf else lowest
+            condition = self._outer(found, h.condition, h.inner)
+            choice = (condition, zero, fill) if h.visible else (condition, fill, zero)
+            choose = aten.where.ScalarOther if h.visible else aten.where.ScalarSelf
+            terms.append(call(choose, *choice, like=found.output))
+        while len(terms) > 1:
+            terms = [call(aten.add.Tensor, terms[0], terms[1], like=found.output), *terms[2:]]
+        return terms[0] if terms else None
+
+    def _seen(self, found: Scores, hidden: Hidden) -> fx.Node:
+        condition = self._outer(found, hidden.condition, hidden.inner)
+        if hidden.visible:
+            return condition
+        return self.rewriter.call(aten.logical_not.default, condition, like=found.output)
+
+    def _term(self, found: Scores, added: Added, dtype: torch.dtype) -> fx.Node:
+        call = self.rewriter.call
+        term = self._outer(found, added.tensor, added.inner)
+        if term.meta["val"].dtype != dtype:
+            term = call(aten._to_copy.default, term, dtype=dtype, like=term)
+        return term if added.factor == 1.0 else call(aten.mul.Tensor, term, added.factor, like=term)
+
+    def _outer(self, found: Scores, mask: fx.Node, inner: bool) -> fx.Node:
+        """A mask with the leading axes that the scores have at the softmax."""
+        if not inner or found.lead is None:
+            return mask
+        if mask.meta["val"].dim() != found.query.meta["val"].dim():
+            raise NoAttention("a mask is broadcast before the scores are reshaped")
+        for a, b in zip(mask.meta["val"].shape[:-2], found.query.meta["val"].shape[:-2], strict=True):
+            if str(a) != str(b):
+                raise NoAttention("a mask is broadcast before the scores are reshaped")
+        own = [
+            1 if size == 1 else given for size, given in zip(mask.meta["val"].shape[-2:], found.lead[-2:], strict=True)
+        ]
+        return self._reshaped(mask, [*found.lead[:-2], *own])
+
+    def _reshaped(self, x: fx.Node, sizes: list[Any]) -> fx.Node:
+        return self.rewriter.call(aten.reshape.default, x, sizes, like=x)
+
+    def _transposed(self, x: fx.Node) -> fx.Node:
+        """The last two axes swapped; through a permutation that is there already."""
+        rank = x.meta["val"].dim()
+        order = permutation(x)
+        source: Any = x
+        if order is not None:
+            source = x.args[0]
+            order = [*order[:-2], order[-1], order[-2]]
+        else:
+            order = [*range(rank - 2), rank - 1, rank - 2]
+        if order == list(range(rank)):
+            return source
+        return self.rewriter.call(aten.permute.default, source, order, like=x)
+
+    def _unscaled(self, x: fx.Node) -> tuple[fx.Node, float]:
+        """A query or key before it was multiplied by a number."""
+        if is_op(x, aten.mul, aten.div) and isinstance(x.args[0], fx.Node):
+            by = scalar_of(self.rewriter.program, x.args[1])
+            if by is not None and by > 0:
+                return x.args[0], by if is_op(x, aten.mul) else 1 / by
+        return x, 1.0
+
+
+def _written(node: fx.Node) -> Any:
+    return tuple(argument(node, a.name) for a in node.target._schema.arguments)  # type: ignore[union-attr]
