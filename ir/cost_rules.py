@@ -18,7 +18,7 @@ import sympy
 import torch
 from torch import fx
 
-from ..kernels.operators import OPERATORS
+from ..kernels import OPERATORS
 from .dims import size_expr
 from .flow import is_pointwise, is_view, op_name
 

@@ -1,5 +1,11 @@
-"""Operators of ours, ``graphlathe::*``, for what ATen has no word for. One operator per file.
+"""Operators of ours, ``graphlathe::*``, for what ATen has no word for. One operator per file."""
 
-Nothing is imported here: in a checkout this folder is also found as a top-level package called ``kernels``, which other
-libraries look for, and a second import would define the operators twice. `kernels.operators` lists them.
-"""
+from typing import TYPE_CHECKING
+
+# transformers imports any `kernels` on the path, to ask its version; in a checkout that is this folder under another
+# name, where defining the operators once more would be an error.
+if TYPE_CHECKING or __name__ == "graphlathe.kernels":
+    from .attention import attention
+    from .define import NAMESPACE, OPERATORS, Operator, operator
+
+    __all__ = ["NAMESPACE", "OPERATORS", "Operator", "attention", "operator"]

@@ -15,7 +15,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from ...kernels.operators import OPERATORS
+from ...kernels import OPERATORS
 
 if TYPE_CHECKING:
     from .translate import Translator

@@ -32,7 +32,7 @@ from ...ir.masks import Mask, read_mask
 from ...ir.program import Program
 from ...ir.rewrite import Rewriter, is_op
 from ...ir.views import permutation
-from ...kernels.operators import attention
+from ...kernels import attention
 from ..base import Context, Effect, Pass, Stats
 from .arguments import argument
 from .constants import scalar_of

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import graphlathe
-from graphlathe.kernels.operators import attention
+from graphlathe.kernels import attention
 
 _SPELLINGS = list(itertools.product([False, True], [1, 2, 4], [None, 0.3]))
 
