@@ -7,5 +7,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING or __name__ == "graphlathe.kernels":
     from .attention import attention
     from .define import NAMESPACE, OPERATORS, Operator, operator
+    from .rotary_embedding import rotary_embedding
 
-    __all__ = ["NAMESPACE", "OPERATORS", "Operator", "attention", "operator"]
+    __all__ = ["NAMESPACE", "OPERATORS", "Operator", "attention", "operator", "rotary_embedding"]
