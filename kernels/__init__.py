@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING or __name__ == "graphlathe.kernels":
     from .attention import attention
     from .define import NAMESPACE, OPERATORS, Operator, operator
+    from .expert_linear import expert_linear
     from .rotary_embedding import rotary_embedding
 
-    __all__ = ["NAMESPACE", "OPERATORS", "Operator", "attention", "operator", "rotary_embedding"]
+    __all__ = ["NAMESPACE", "OPERATORS", "Operator", "attention", "expert_linear", "operator", "rotary_embedding"]

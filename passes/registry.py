@@ -18,6 +18,7 @@ BUILTIN: dict[str, str] = {
     "drop-layers": ".layers.drop_layers:DropLayers",
     "fold-constants": ".canonical.fold_constants:FoldConstants",
     "raise-attention": ".canonical.raise_attention:RaiseAttention",
+    "raise-experts": ".canonical.raise_experts:RaiseExperts",
     "raise-rotary": ".canonical.raise_rotary:RaiseRotary",
     "remove-noops": ".canonical.remove_noops:RemoveNoops",
 }
