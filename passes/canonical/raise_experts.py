@@ -9,6 +9,7 @@ group by group, scaled by their weights, and put back. All that bookkeeping goes
     %c = grouped_mm(%b, %w2, %ends)                 %c = graphlathe.expert_linear(%b, %w2, %experts)
     %back = aten.index(%c, [%inverse])
 
+Experts that gather a whole matrix for each row, ``w[experts] @ x[..., None]``, are written with the same operator.
 Whatever stands between the products (activations, gates, biases looked up by expert) is kept, one row per token and
 expert, in the order of the tokens.
 """
@@ -65,6 +66,13 @@ class RaiseExperts(Pass):
                 except _NotSorted as reason:
                     for product in products:
                         stats.miss(str(reason), product)
+            for node in list(rewriter.graph.nodes):
+                found = None if node._erased else _gathered_weights(node)
+                if found is not None:
+                    stats.attempts += 1
+                    stats.hits += 1
+                    with rewriter.before(node):
+                        rewriter.replace(node, _one_expert_each(rewriter, node, *found))
             rewriter.erase_dead()
         return stats
 
@@ -92,6 +100,37 @@ def _sort_of(product: fx.Node) -> fx.Node:
         if is_op(sort, aten.sort) and counted.args[1] == 0:
             return sort
     raise _NotSorted("its groups are not counted from a sort of the chosen experts")
+
+
+def _gathered_weights(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, bool] | None:
+    """``w[i] @ x`` for each row: the rows, the weight, the experts, and whether the weight is [out, in]."""
+    if not is_op(node, aten.squeeze) or not is_op(node.args[0], aten.matmul):
+        return None
+    left, right = node.args[0].args[:2]  # type: ignore[union-attr]
+    for gathered, column, is_left in ((left, right, True), (right, left, False)):
+        if not is_op(gathered, aten.index) or not is_op(column, aten.unsqueeze) or len(gathered.args[1]) != 1:
+            continue
+        table, index = gathered.args[0], gathered.args[1][0]
+        axis = -1 if is_left else 1
+        squeezed = node.args[1] if isinstance(node.args[1], int) else None
+        dims = {axis % 3, axis}
+        rows: Any = column.args[0]
+        if table.op != "get_attr" or index.meta["val"].dim() != 1 or rows.meta["val"].dim() != 2:
+            continue
+        if column.args[1] in dims and squeezed in dims and index.meta["val"].dtype is not torch.bool:
+            return rows, table, index, is_left
+    return None
+
+
+def _one_expert_each(
+    rewriter: Rewriter, node: fx.Node, x: fx.Node, weight: fx.Node, index: fx.Node, out_in: bool
+) -> fx.Node:
+    """Rows that have one expert each are tokens with a top-1 choice."""
+    call = rewriter.call
+    if out_in:
+        weight = call(aten.transpose.int, weight, 1, 2, like=weight)
+    rows, chosen = (call(aten.unsqueeze.default, t, 1, like=node) for t in (x, index))
+    return call(aten.squeeze.dim, call(expert_linear, rows, weight, chosen, like=node), 1, like=node)
 
 
 class _Unsorted:
@@ -198,7 +237,7 @@ class _Unsorted:
         axis: Any = args[place] if len(args) > place else node.kwargs.get("dim", 0)
         if axis % rank != rank - 1:
             raise _NotSorted(f"sorted rows are cut by {node.target}")
-        args[place:place + 1] = [-1]
+        args[place : place + 1] = [-1]
         return self.rewriter.call(node.target, self.made[args[0]], *args[1:], like=node)  # type: ignore[arg-type]
 
 

@@ -173,9 +173,9 @@ def _two_halves(program: Program, node: fx.Node, first: Any, second: Any, *, pai
     for a, cos in _factors(first.args[0]):
         for b, sin in _factors(first.args[1]):
             for left, right in (second.args[:2], second.args[:2][::-1]):
-                if any(p == (b, cos) for p in _factors(left)) and any(p == (a, sin) for p in _factors(right)):
-                    if width(cos) == width(a) == width(b) == width(sin):
-                        return _joined_again(node, a, b, cos, sin, pairs)
+                same = any(p == (b, cos) for p in _factors(left)) and any(p == (a, sin) for p in _factors(right))
+                if same and width(cos) == width(a) == width(b) == width(sin):
+                    return _joined_again(node, a, b, cos, sin, pairs)
     return None
 
 
