@@ -98,6 +98,8 @@ class IndexFunctions:
             return sympy.Symbol(f"n_{node.name}")
         if node.op == "get_attr" and (band := self._band(node)) is not None:
             return band if value.dtype is torch.bool else number(band)
+        if node.op == "get_attr" and (ramp := self._ramp(node)) is not None:
+            return ramp
         function: Any = sympy.Function(f"v_{node.name}", real=True)
         self.leaves[function] = node
         applied = function(*(_zero_if_one(s, coordinate(i)) for i, s in enumerate(value.shape)))
@@ -121,6 +123,21 @@ class IndexFunctions:
             return None
         row, column = coordinate(rank - 2), coordinate(rank - 1)
         return column <= row if width == size else sympy.And(column <= row, column > row - width)
+
+    def _ramp(self, node: fx.Node) -> Any | None:
+        """A stored table whose rows rise evenly along the last axis (ALiBi slopes times positions)."""
+        weight = None if self.program is None else self.program.weights.get(str(node.target))
+        if weight is None or weight.is_meta or not weight.dtype.is_floating_point or not weight.shape:
+            return None
+        size = weight.shape[-1]
+        if size < 3 or math.prod(weight.shape) > _LARGEST_BAND * 64:
+            return None
+        steps = weight.tensor().double().diff(dim=-1)
+        if not bool(steps.any()) or float((steps - steps[..., :1]).abs().max()) > 1e-6 * float(steps.abs().max()):
+            return None
+        rows = [_zero_if_one(s, coordinate(i)) for i, s in enumerate(weight.shape[:-1])]
+        slope, base = (sympy.Function(f"{kind}_{node.name}", real=True)(*rows) for kind in ("slope", "base"))
+        return slope * coordinate(len(weight.shape) - 1) + base
 
 
 def _is_tensor(node: Any) -> bool:
@@ -192,15 +209,39 @@ def _full(f: IndexFunctions, node: fx.Node) -> Any:
 
 @_rule("unsqueeze", "squeeze", "reshape", "view", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as")
 def _regroup(f: IndexFunctions, node: fx.Node) -> Any:
-    """Dimensions of size 1 come and go; no others change."""
+    """Axes are merged and divided: each run of axes of the source has as many elements as a run of the result."""
+    source: Any = node.args[0]
+    before = [size_expr(s) for s in source.meta["val"].shape]
+    after = [size_expr(s) for s in node.meta["val"].shape]
+    places: list[Any] = []
+    axis = 0
+    for size in before:
+        if size == 1:
+            places.append(sympy.Integer(0))
+            continue
+        count, place = sympy.Integer(1), sympy.Integer(0)
+        while axis < len(after) and count != size:
+            place = place * after[axis] + (coordinate(axis) if after[axis] != 1 else 0)
+            count = sympy.expand(count * after[axis])
+            axis += 1
+        if count != size:
+            return None  # several axes of the source become one: not needed for masks
+        places.append(place)
+    return f.at(source, places) if all(size == 1 for size in after[axis:]) else None
+
+
+@_rule("repeat", "tile")
+def _repeat(f: IndexFunctions, node: fx.Node) -> Any:
     source: Any = node.args[0]
     before, after = source.meta["val"].shape, node.meta["val"].shape
-    kept = [i for i, s in enumerate(after) if not (isinstance(s, int) and s == 1)]
-    wide = [s for s in before if not (isinstance(s, int) and s == 1)]
-    if [size_expr(s) for s in wide] != [size_expr(after[i]) for i in kept]:
-        return None
-    places = iter(kept)
-    return f.at(source, [0 if isinstance(s, int) and s == 1 else coordinate(next(places)) for s in before])
+    lead = len(after) - len(before)
+    places = [
+        coordinate(lead + i)
+        if size_expr(s) == size_expr(after[lead + i])
+        else sympy.Mod(coordinate(lead + i), size_expr(s))
+        for i, s in enumerate(before)
+    ]
+    return f.at(source, places)
 
 
 @_rule("expand", "expand_as", "broadcast_to", "clone", "contiguous", "alias", "detach", "lift_fresh_copy")

@@ -21,19 +21,32 @@ Figure: a pre-norm decoder layer. The stream goes down on the left; its values a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import fx
 
+from .attention_sites import AttentionSite, Missing, find_attention
 from .blocks import Labelled, group, letter_of, settle_tails
 from .branches import Verdict, classify
 from .chains import find_chains
 from .dims import Dims
 from .errors import GraphlatheError, suggest
 from .flow import Flow, tensor_of
+from .index_functions import IndexFunctions
 from .isomorphism import Hasher
+from .layer_sites import (
+    ConvStage,
+    EmbeddingSite,
+    HeadSite,
+    find_embeddings,
+    find_heads,
+    find_linear,
+    find_stages,
+)
+from .mlp_sites import MlpSite, find_mlp
 from .program import Program, check_program
+from .projections import Projection
 from .residual import Candidate, Unit, find_units
 from .sequential import join
 
@@ -124,11 +137,29 @@ class Structure:
         streams: the residual streams; one that another starts from comes before it, else in the order of the inputs
             that they read.
         candidates: additions that looked residual but are no part of a stream, with the reason.
+        attention: attention operators with their heads and projections, in graph order.
+        mlps: the position-wise branches, read as MLPs.
+        embeddings, heads, linears, stages: tables that are looked up, maps to outputs, all linear maps of activations,
+            and runs of convolutions at one resolution.
+        missing: what looks like attention or an MLP but was not recognised, and why.
     """
 
     streams: tuple[Stream, ...]
     candidates: tuple[Candidate, ...] = ()
+    attention: tuple[AttentionSite, ...] = ()
+    mlps: tuple[MlpSite, ...] = ()
+    embeddings: tuple[EmbeddingSite, ...] = ()
+    heads: tuple[HeadSite, ...] = ()
+    linears: tuple[Projection, ...] = ()
+    stages: tuple[ConvStage, ...] = ()
+    missing: tuple[Missing, ...] = ()
     dims: Dims = field(default_factory=Dims, repr=False)
+
+    def sites_in(self, nodes: Iterable[fx.Node]) -> list[AttentionSite | MlpSite]:
+        """The attention and MLP sites whose operator (or result) is among these nodes."""
+        inside = set(nodes)
+        found: list[AttentionSite | MlpSite] = [a for a in self.attention if a.node in inside]
+        return found + [m for m in self.mlps if m.output in inside]
 
     def lines(self) -> Iterator[str]:
         """The tree, line by line."""
@@ -141,7 +172,15 @@ class Structure:
             yield from (f"  stem {branch}" for branch in stream.stem)
             for block in stream.blocks:
                 yield f"  {block}"
-                yield from (f"    {branch}" for branch in block.branches)
+                for branch in block.branches:
+                    yield f"    {branch}"
+                    yield from (f"      {site}" for site in self.sites_in((*branch.nodes, branch.output)))
+        yield from map(str, self.embeddings)
+        yield from map(str, self.heads)
+        yield from map(str, self.stages)
+        if self.missing:
+            yield f"not recognised: {len(self.missing)}"
+            yield from (f"  {missing}" for missing in self.missing)
         if self.candidates:
             yield f"not part of a stream: {len(self.candidates)}"
             yield from (f"  {candidate}" for candidate in self.candidates)
@@ -175,7 +214,26 @@ def structure(program: Program, entry: str = "main") -> Structure:
     inside = {node for stream in streams for block in stream.blocks for node in block.nodes}
     inside |= {node for stream in streams for branch in stream.stem for node in branch.nodes}
     candidates = [c for c in rejected if c.node not in inside] + heads
-    return Structure(tuple(streams), tuple(sorted(candidates, key=lambda c: flow.position[c.node])), dims)
+    branches = [
+        b for stream in streams for b in (*stream.stem, *(b for block in stream.blocks for b in block.branches))
+    ]
+    crossing = [node for branch in branches if branch.cross for node in branch.nodes]
+    found: list[AttentionSite | MlpSite | Missing] = []
+    found += find_attention(flow, IndexFunctions(program), crossing)
+    found += [find_mlp(flow, b.start, b.output, b.nodes) for b in branches if b.kind == "mlp"]
+    embeddings = tuple(find_embeddings(flow))
+    return Structure(
+        streams=tuple(streams),
+        candidates=tuple(sorted(candidates, key=lambda c: flow.position[c.node])),
+        attention=tuple(s for s in found if isinstance(s, AttentionSite)),
+        mlps=tuple(s for s in found if isinstance(s, MlpSite)),
+        embeddings=embeddings,
+        heads=tuple(find_heads(flow, embeddings)),
+        linears=tuple(find_linear(flow)),
+        stages=tuple(find_stages(flow)),
+        missing=tuple(s for s in found if isinstance(s, Missing)),
+        dims=dims,
+    )
 
 
 def _label(flow: Flow, unit: Unit) -> Labelled:

@@ -17,6 +17,7 @@ BUILTIN: dict[str, str] = {
     "dce": ".canonical.dce:DeadCode",
     "drop-layers": ".layers.drop_layers:DropLayers",
     "fold-constants": ".canonical.fold_constants:FoldConstants",
+    "raise": ".canonical.raise_all:RaiseAll",
     "raise-attention": ".canonical.raise_attention:RaiseAttention",
     "raise-experts": ".canonical.raise_experts:RaiseExperts",
     "raise-rotary": ".canonical.raise_rotary:RaiseRotary",

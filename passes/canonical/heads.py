@@ -4,12 +4,12 @@
     %b = aten.expand(%a, [B, kv_heads, groups, S, D])
     %c = aten.reshape(%b, [B, heads, S, D])           # each head, `groups` times in a row
 
-The repeat may stand before a permutation, and be spelled ``repeat_interleave``; with one head it may be any expansion.
+The repeat may stand before a permutation and a rotary embedding, and be spelled ``repeat_interleave``; with one head it may be any expansion.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import fx
 from ...ir.dims import size_expr
 from ...ir.rewrite import Rewriter, is_op
 from ...ir.views import permutation
+from ...kernels import rotary_embedding
 
 aten = torch.ops.aten
 
@@ -31,23 +32,36 @@ class Repeated:
         groups: how often each head was repeated.
         extra: the axis of size 1 of `source` that was expanded, or None.
         order: the permutation that came after the repeat, or None.
+        rotary: the rotary embedding that came after both, or None.
     """
 
     source: fx.Node
     groups: int
     extra: int | None
     order: list[int] | None
+    rotary: fx.Node | None = None
 
     def build(self, rewriter: Rewriter) -> fx.Node:
         """The tensor without the repeat, in the order of axes that it had with it."""
         x = self.source
         if self.extra is not None:
             x = rewriter.call(aten.squeeze.dim, x, self.extra, like=x)
-        return x if self.order is None else rewriter.call(aten.permute.default, x, self.order, like=x)
+        if self.order is not None:
+            x = rewriter.call(aten.permute.default, x, self.order, like=x)
+        if self.rotary is not None:
+            x = rewriter.call(rotary_embedding, x, *self.rotary.args[1:], like=self.rotary, **self.rotary.kwargs)
+        return x
 
 
 def unrepeated(node: Any, heads_axis: int) -> Repeated | None:
     """Look for a repeat along one axis of a value; None if it has none."""
+    if is_op(node, rotary_embedding):
+        # The angles are the same for all heads, so heads may be repeated after they are rotated.
+        angles = [a.meta["val"] for a in node.args[1:3]]
+        rank = node.meta["val"].dim()
+        shared = all(t.dim() < rank - heads_axis or t.shape[heads_axis - rank] == 1 for t in angles)
+        found = unrepeated(node.args[0], heads_axis) if shared else None
+        return None if found is None else replace(found, rotary=node)
     order = permutation(node)
     if order is not None:
         node, heads_axis = node.args[0], order[heads_axis]

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import string
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ def _baddbmm(rewriter: Rewriter, node: fx.Node) -> fx.Node:
 def _einsum(rewriter: Rewriter, node: fx.Node) -> fx.Node | None:
     """Two operands that share batch labels, have one label each, and are summed over one label."""
     equation, operands = node.args[:2]
-    parts = _parse(str(equation))
+    parts = _parse(str(equation), operands)
     if parts is None or not isinstance(operands, (list, tuple)) or len(operands) != 2:
         return None
     (left, right), out = parts
@@ -72,12 +73,19 @@ def _einsum(rewriter: Rewriter, node: fx.Node) -> fx.Node | None:
         return _permuted(rewriter, product, [made.index(c) for c in out])
 
 
-def _parse(equation: str) -> tuple[list[str], str] | None:
+def _parse(equation: str, operands: Any) -> tuple[list[str], str] | None:
+    """The labels of both operands and of the result, with one label for each axis that an ellipsis stands for."""
     text = equation.replace(" ", "")
-    if "->" not in text or "." in text:
+    if "->" not in text or not isinstance(operands, (list, tuple)) or len(operands) != 2:
         return None
     inputs, out = text.split("->")
     terms = inputs.split(",")
+    if "..." in text:
+        free = "".join(c for c in string.ascii_uppercase if c not in text)
+        hidden = [x.meta["val"].dim() - len(term.replace("...", "")) for x, term in zip(operands, terms, strict=True)]
+        if not all("..." in term for term in (*terms, out)) or len(set(hidden)) != 1:
+            return None
+        terms, out = ([t.replace("...", free[: hidden[0]]) for t in terms], out.replace("...", free[: hidden[0]]))
     plain = all(len(set(term)) == len(term) for term in (*terms, out))
     return (terms, out) if len(terms) == 2 and plain else None
 

@@ -228,11 +228,11 @@ class _Raising:
         """A mask with the leading axes that the scores have at the softmax."""
         if not inner or found.lead is None:
             return mask
-        if mask.meta["val"].dim() != found.query.meta["val"].dim():
-            raise NoAttention("a mask is broadcast before the scores are reshaped")
-        for a, b in zip(mask.meta["val"].shape[:-2], found.query.meta["val"].shape[:-2], strict=True):
-            if str(a) != str(b):
-                raise NoAttention("a mask is broadcast before the scores are reshaped")
+        lead = found.query.meta["val"].shape[:-2]
+        if [str(s) for s in mask.meta["val"].shape[:-2]] != [str(s) for s in lead]:
+            call = self.rewriter.call
+            given = [s if isinstance(s, int) else call(aten.sym_size.int, found.query, i) for i, s in enumerate(lead)]
+            mask = call(aten.expand.default, mask, [*given, -1, -1], like=mask)
         own = [
             1 if size == 1 else given for size, given in zip(mask.meta["val"].shape[-2:], found.lead[-2:], strict=True)
         ]
