@@ -214,20 +214,38 @@ def _regroup(f: IndexFunctions, node: fx.Node) -> Any:
     before = [size_expr(s) for s in source.meta["val"].shape]
     after = [size_expr(s) for s in node.meta["val"].shape]
     places: list[Any] = []
-    axis = 0
-    for size in before:
-        if size == 1:
+    one, axis = sympy.Integer(1), 0
+    while len(places) < len(before):
+        run = [before[len(places)]]
+        if run[0] == 1:
             places.append(sympy.Integer(0))
             continue
-        count, place = sympy.Integer(1), sympy.Integer(0)
-        while axis < len(after) and count != size:
-            place = place * after[axis] + (coordinate(axis) if after[axis] != 1 else 0)
-            count = sympy.expand(count * after[axis])
-            axis += 1
-        if count != size:
-            return None  # several axes of the source become one: not needed for masks
-        places.append(place)
+        count, place, wanted = one, sympy.Integer(0), run[0]
+        while count != wanted:
+            if axis < len(after):
+                place = place * after[axis] + (coordinate(axis) if after[axis] != 1 else 0)
+                count = sympy.expand(count * after[axis])
+                axis += 1
+                # Neither side may be ahead for ever: take more of the source when the result has all of this run.
+                while count != wanted and len(places) + len(run) < len(before) and _divides(wanted, count):
+                    run.append(before[len(places) + len(run)])
+                    wanted = sympy.expand(wanted * run[-1])
+            else:
+                return None
+        places += _divided(sympy.expand(place), run)
     return f.at(source, places) if all(size == 1 for size in after[axis:]) else None
+
+
+def _divides(small: Any, large: Any) -> bool:
+    return bool(sympy.simplify(large / small).is_integer) and large != small
+
+
+def _divided(place: Any, sizes: Sequence[Any]) -> list[Any]:
+    """The coordinates along several axes of one place in all of them, in row-major order."""
+    if len(sizes) == 1:
+        return [place]
+    below = sympy.prod(sizes[1:])
+    return [sympy.floor(place / below), *_divided(sympy.Mod(place, below), sizes[1:])]
 
 
 @_rule("repeat", "tile")

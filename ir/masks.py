@@ -102,7 +102,13 @@ class _Reader:
         if value == 0:
             return Mask(everything=True)
         condition = _hiding(value)
-        return self.seen(condition) if condition is not None else Mask(bias=self._bias(value, term))
+        if condition is not None:
+            return self.seen(condition)
+        parted = _hiding_bias(value)
+        if parted is not None:
+            seen = self.seen(parted[0])
+            return replace(seen, bias=self._bias(parted[1], term), exactly_causal=False, everything=False)
+        return Mask(bias=self._bias(value, term))
 
     def seen(self, condition: Any) -> Mask:
         """A condition under which a key is seen."""
@@ -190,6 +196,7 @@ class _Reader:
         return int(size) if size is not None and size.is_Integer and b.coeff(self.key) == 1 / size else None
 
     def _bias(self, value: Any, term: fx.Node) -> str:
+        value = sympy.expand(value)
         slope = value.coeff(self.key)
         rest = sympy.expand(value - slope * self.key)
         linear = self.key not in slope.free_symbols | rest.free_symbols and self.query not in slope.free_symbols
@@ -238,6 +245,17 @@ def _hiding(value: Any) -> Any | None:
         lowest = value.xreplace({mask: sympy.Integer(0)})
         if lowest.is_number and lowest <= HIDES and value.xreplace({mask: sympy.Integer(1)}) == 0:
             return sympy.Ne(mask, 0)
+    return None
+
+
+def _hiding_bias(value: Any) -> tuple[Any, Any] | None:
+    """A choice between a bias and a number that hides: the condition under which the bias is added, and the bias."""
+    if isinstance(value, sympy.Piecewise) and len(value.args) == 2:
+        (yes, condition), (no, _) = value.args
+        if no.is_number and no <= HIDES:
+            return condition, yes
+        if yes.is_number and yes <= HIDES:
+            return sympy.Not(condition), no
     return None
 
 

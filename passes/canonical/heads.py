@@ -4,7 +4,8 @@
     %b = aten.expand(%a, [B, kv_heads, groups, S, D])
     %c = aten.reshape(%b, [B, heads, S, D])           # each head, `groups` times in a row
 
-The repeat may stand before a permutation and a rotary embedding, and be spelled ``repeat_interleave``; with one head it may be any expansion.
+The repeat may stand before a permutation and a rotary embedding, and be spelled ``repeat_interleave``; with one head it
+may be any expansion.
 """
 
 from __future__ import annotations
