@@ -1,6 +1,11 @@
 """Operators of ours, ``graphlathe::*``, for what ATen has no word for. One operator per file."""
 
-from .attention import attention
-from .define import NAMESPACE, OPERATORS, Operator, operator
+from typing import TYPE_CHECKING
 
-__all__ = ["NAMESPACE", "OPERATORS", "Operator", "attention", "operator"]
+# transformers imports any `kernels` on the path, to ask its version; in a checkout that is this folder under another
+# name, where defining the operators once more would be an error.
+if TYPE_CHECKING or __name__ == "graphlathe.kernels":
+    from .attention import attention
+    from .define import NAMESPACE, OPERATORS, Operator, operator
+
+    __all__ = ["NAMESPACE", "OPERATORS", "Operator", "attention", "operator"]
