@@ -86,7 +86,19 @@ class Stored:
         return self.tensor.shape
 
 
-Value = torch.Tensor | Host | Stored | None
+@dataclass(frozen=True)
+class Items:
+    """An ONNX sequence, whose length the host knows."""
+
+    values: tuple[Any, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """How many there are, for messages."""
+        return (len(self.values),)
+
+
+Value = torch.Tensor | Host | Stored | Items | None
 
 
 @contextmanager
