@@ -41,7 +41,7 @@ def full_name(node: Any) -> str:
 
 
 def all_nodes(graph: Any) -> Iterator[Any]:
-    """All nodes of a graph and of the graphs nested in it."""
+    """All nodes of a graph or a function and of the graphs nested in it."""
     for node in graph.node:
         yield node
         for attribute in node.attribute:
@@ -175,17 +175,17 @@ class Walk(nn.Module):
                 constants[name] = Stored(getattr(self, parameter), self.stored[name], name)
         self.tensors = {name: getattr(self, parameter) for parameter, name in self.names.items()}
         env: dict[str, Value] = constants | dict(zip(graph_inputs(self.model), inputs, strict=True))
-        scope = Scope(env, self.model.opset_of, names_read(graph))
+        scope = Scope(env, self.model.opset_of, names_read(graph), list(all_nodes(graph)))
         self._run(graph.node, scope)
         return tuple(self.tensor(self._read(scope, output.name, None)) for output in graph.output)
 
     def _run(self, nodes: Iterable[Any], scope: Scope) -> None:
         for node in nodes:
             if node.op_type == "Constant" and node.domain in _STANDARD:
-                if scope.function is not None:
+                if scope.call is not None:
                     scope.env[node.output[0]] = _immediate(node)
                 continue
-            with traceback.annotate({ORIGIN: node_name(scope.function or node)}):
+            with traceback.annotate({ORIGIN: scope.name_of(node)}):
                 results = self._step(node, scope)
             for name, value in zip(node.output, results, strict=False):
                 if name:
@@ -202,7 +202,7 @@ class Walk(nn.Module):
             first = (str(error).splitlines() or [""])[0]
             raise ImportModelError(
                 f"{node.op_type} failed on shapes {shapes}: {type(error).__name__}: {first}",
-                node=node_name(scope.function or node),
+                node=scope.name_of(node),
                 remedy="if dimensions depend on each other, pass sizes={name: size} that fit together"
                 if any(isinstance(n, torch.SymInt) for v in values if v is not None for n in v.shape)
                 else None,
@@ -226,7 +226,7 @@ class Walk(nn.Module):
         if unknown:
             raise MissingOperatorError(
                 f"{node.op_type}: the attribute '{unknown[0]}' cannot be imported",
-                node=node_name(scope.function or node),
+                node=scope.name_of(node),
                 expected=f"attributes: {', '.join(sorted(entry.attributes)) or 'none'}",
             )
         used = [i for i, name in enumerate(node.output, 1) if name in scope.read]
@@ -252,12 +252,12 @@ class Walk(nn.Module):
         if body is None:
             raise MissingOperatorError(
                 f"the ONNX operator {full_name(node)} (opset {opset}) cannot be imported",
-                node=node_name(scope.function or node),
+                node=scope.name_of(node),
             )
         opsets = {entry.domain: entry.version for entry in body.opset_import}
         env: dict[str, Value] = dict.fromkeys(body.input)
         env |= dict(zip(body.input, values, strict=False))
-        inner = Scope(env, lambda domain: opsets.get(domain, opset), names_read(body), scope.function or node)
+        inner = Scope(env, lambda domain: opsets.get(domain, opset), names_read(body), list(all_nodes(body)), Call(node, body, scope))
         self._run(body.node, inner)
         return [self._read(inner, name, node) for name in body.output[: len(node.output)]]
 
@@ -272,7 +272,7 @@ class Walk(nn.Module):
         if len(values) > len(entry.inputs) and not entry.variadic:
             raise MissingOperatorError(
                 f"{node.op_type} with {len(values)} inputs cannot be imported",
-                node=node_name(scope.function or node),
+                node=scope.name_of(node),
                 expected=f"at most {len(entry.inputs)}",
             )
         ranks = [len(v.shape) for v in values if isinstance(v, (Tensor, Stored))]
@@ -305,11 +305,11 @@ class Walk(nn.Module):
             return host_of(value.weight, value.name)
         if isinstance(value, Host):
             return value
-        sources = [] if scope.function is not None else sources_of(self.model, node.input[position])
+        sources = list(dict.fromkeys(sources_of(scope, node.input[position], graph_inputs(self.model))))
         raise DataDependentError(
             f"the input '{parameter}' of {node.op_type} is computed from data",
             inputs=sources,
-            node=node_name(scope.function or node),
+            node=scope.name_of(node),
             expected="a constant, or a function of the inputs' sizes",
             remedy=f"fix the inputs that it comes from: from_onnx(..., values={{{_examples(sources)}}})"
             if sources
@@ -350,13 +350,28 @@ class Scope:
         env: values by name.
         opset_of: the opset version of a domain.
         read: names of the values that something reads.
-        function: the node whose own definition is being applied, if one is.
+        call: the operator whose own definition is being applied, if one is.
+        nodes: the nodes, and those around them.
     """
 
     env: dict[str, Value]
     opset_of: Callable[[str], int]
     read: set[str]
-    function: Any = None
+    nodes: Sequence[Any]
+    call: Call | None = None
+
+    def name_of(self, node: Any) -> str:
+        """The name of the node in the file that a node stands for."""
+        return node_name(node) if self.call is None else self.call.outer.name_of(self.call.node)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A node whose operator's own definition is being applied, the definition, and the scope of the node."""
+
+    node: Any
+    body: Any
+    outer: Scope
 
 
 class Body:
@@ -382,21 +397,24 @@ class Graph:
     proto: Any
 
 
-def sources_of(model: OnnxModel, name: str) -> list[str]:
+def sources_of(scope: Scope, name: str, inputs: Sequence[str]) -> list[str]:
     """The graph inputs that a value is computed from."""
-    producers = {output: node for node in all_nodes(model.graph) for output in node.output}
-    found: dict[str, None] = {}
+    producers = {output: node for node in scope.nodes for output in node.output}
+    found: list[str] = []
     waiting, seen = [name], set[str]()
     while waiting:
         each = waiting.pop()
-        if each in seen:
+        if not each or each in seen:
             continue
         seen.add(each)
         if each in producers:
             waiting.extend(producers[each].input)
-        elif each in graph_inputs(model):
-            found[each] = None
-    return list(found)
+        elif scope.call is None:
+            found += [each] if each in inputs else []
+        elif each in scope.call.body.input:
+            outside = scope.call.node.input[list(scope.call.body.input).index(each)]
+            found += sources_of(scope.call.outer, outside, inputs)
+    return found
 
 
 def _examples(names: Sequence[str]) -> str:
