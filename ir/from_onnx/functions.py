@@ -30,13 +30,26 @@ def has_body(node: Any, opset: int) -> bool:
     return schema is not None and (schema.has_function or schema.has_context_dependent_function)
 
 
-def body_of(node: Any, opset: int, types: Sequence[torch.dtype | None]) -> Any:
+Described = tuple[torch.dtype, Sequence[Any]] | None
+"""An input's element type and shape, symbolic sizes included; None for one that is left out."""
+
+
+def _type(value: Described) -> Any:
+    import onnx
+
+    if value is None:
+        return onnx.TypeProto()
+    sizes = [size if isinstance(size, int) else None for size in value[1]]
+    return onnx.helper.make_tensor_type_proto(_CODES[value[0]], sizes)
+
+
+def body_of(node: Any, opset: int, inputs: Sequence[Described]) -> Any:
     """The definition as a ``FunctionProto``, its attributes filled in; None when there is none for these types.
 
     Args:
         node: the call.
         opset: the opset version of the operator's domain.
-        types: element types of the inputs; None for one that is left out.
+        inputs: what is known of each input.
     """
     import onnx
 
@@ -45,13 +58,14 @@ def body_of(node: Any, opset: int, types: Sequence[torch.dtype | None]) -> Any:
         return None
     function = onnx.FunctionProto()
     if schema.has_context_dependent_function:
-        given = [onnx.helper.make_tensor_type_proto(_CODES[t], None) if t is not None else onnx.TypeProto() for t in types]
         versions = [v for v in schema.context_dependent_function_opset_versions if v <= opset]
         if not versions:
             return None
         code = schema.get_context_dependent_function_with_opset_version(
-            versions[-1], node.SerializeToString(), [each.SerializeToString() for each in given]
+            versions[-1], node.SerializeToString(), [_type(each).SerializeToString() for each in inputs]
         )
+        if not code:
+            return None
         function.ParseFromString(code)
     elif schema.has_function:
         versions = [v for v in schema.function_opset_versions if v <= opset]

@@ -22,6 +22,21 @@ from typing import Any
 
 Function = Callable[..., Any]
 
+MODULES = (
+    "attention",
+    "control",
+    "elementwise",
+    "host",
+    "indexing",
+    "layers",
+    "normalization",
+    "pooling",
+    "reduce",
+    "resize",
+    "shape",
+)
+"""The files that hold operators, one group each."""
+
 INJECTED = ("n_outputs", "n_used", "opset", "walk")
 """Keyword-only parameters that are no attributes: how many outputs the node has, how many up to the last one that
 something reads, the opset version, and the walk itself (for operators that hold graphs)."""
@@ -113,7 +128,7 @@ def host_operator(*names: str, domain: str = "") -> Callable[[Function], Functio
 
 def fill() -> None:
     """Import the files that hold the operators."""
-    for module in ("control", "elementwise", "host", "indexing", "layers", "reduce", "shape"):
+    for module in MODULES:
         importlib.import_module(f".{module}", __package__)
 
 

@@ -17,7 +17,7 @@ from torch.fx import traceback
 from ..errors import DataDependentError, GraphlatheError, ImportModelError, MissingOperatorError
 from ..program import ORIGIN
 from ..weights import Weight
-from .functions import body_of, has_body
+from .functions import Described, body_of, has_body
 from .model_file import DTYPES, OnnxModel, tensor_weight
 from .registry import Operator, fill, find, find_host
 from .values import Host, Items, Stored, Value, host_of, outside_the_trace, starts_on_host
@@ -248,25 +248,22 @@ class Walk(nn.Module):
 
     def _function(self, node: Any, values: list[Value], scope: Scope, opset: int) -> list[Value]:
         """Apply the operator's own definition in terms of others, from ONNX's schema."""
-        body = body_of(node, opset, [self.element_type(value) for value in values])
+        body = body_of(node, opset, [_described(value) for value in values])
         if body is None:
             raise MissingOperatorError(
                 f"the ONNX operator {full_name(node)} (opset {opset}) cannot be imported",
                 node=scope.name_of(node),
             )
-        opsets = {entry.domain: entry.version for entry in body.opset_import}
+        opsets = {"" if e.domain in _STANDARD else e.domain: e.version for e in body.opset_import}
+
+        def opset_of(domain: str) -> int:
+            return opsets.get("" if domain in _STANDARD else domain) or scope.opset_of(domain)
+
         env: dict[str, Value] = dict.fromkeys(body.input)
         env |= dict(zip(body.input, values, strict=False))
-        inner = Scope(env, lambda domain: opsets.get(domain, opset), names_read(body), list(all_nodes(body)), Call(node, body, scope))
+        inner = Scope(env, opset_of, names_read(body), list(all_nodes(body)), Call(node, body, scope))
         self._run(body.node, inner)
         return [self._read(inner, name, node) for name in body.output[: len(node.output)]]
-
-    @staticmethod
-    def element_type(value: Value) -> torch.dtype | None:
-        """A value's element type; None for what is left out, or no tensor."""
-        if isinstance(value, Stored):
-            return value.tensor.dtype
-        return value.dtype if isinstance(value, (Tensor, Host)) else None
 
     def _arguments(self, node: Any, entry: Operator, values: Sequence[Value], scope: Scope) -> list[Any]:
         if len(values) > len(entry.inputs) and not entry.variadic:
@@ -478,6 +475,12 @@ def _element_type(node: Any, number: int) -> torch.dtype:
             expected="a type that torch has",
         )
     return DTYPES[number]
+
+
+def _described(value: Value) -> Described:
+    if isinstance(value, Stored):
+        return value.tensor.dtype, tuple(value.shape)
+    return (value.dtype, tuple(value.shape)) if isinstance(value, (Tensor, Host)) else None
 
 
 def _as_tuple(result: Any) -> tuple[Value, ...]:
