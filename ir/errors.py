@@ -83,6 +83,22 @@ class ImportModelError(GraphlatheError):
     """A model could not be read or traced."""
 
 
+class MissingOperatorError(ImportModelError, UnsupportedOpError):
+    """A file holds an operator, or a form of one, that cannot be imported."""
+
+
+class DataDependentError(ImportModelError):
+    """A shape, axis or count is computed from data.
+
+    Attributes:
+        inputs: the model's inputs that the numbers come from; `from_onnx` can fix them (``values=``).
+    """
+
+    def __init__(self, message: str, *, inputs: Sequence[str] = (), **where: str | None) -> None:
+        self.inputs = tuple(inputs)
+        super().__init__(message, **where)
+
+
 class InputError(GraphlatheError):
     """A call got inputs that the program's signature excludes (name, dtype, shape, size guard)."""
 

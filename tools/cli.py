@@ -283,7 +283,10 @@ def bench(
         typer.Option("--json", metavar="FILE", help="write everything as JSON"),
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="exit with 1 when a goal is missed")] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="smaller sizes, fewer repeats")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="smaller sizes, fewer repeats, or a sample")] = False,
+    only: Annotated[
+        str | None, typer.Option("--only", metavar="TEXT", help="only the cases whose name contains this (onnx-coverage)")
+    ] = None,
 ) -> None:
     """Measure: correctness first, then time and memory, against stated goals."""
     from .bench.show import bench as run_bench
@@ -292,7 +295,7 @@ def bench(
     if list_:
         list_suites()
         return
-    code = run_bench(suite, json_, check, quick)
+    code = run_bench(suite, json_, check, quick, only)
     if code:
         raise typer.Exit(code)
 

@@ -16,10 +16,10 @@ import torch
 from torch.fx import traceback
 
 from ..calling import identifier
-from ..errors import ImportModelError, UnsupportedOpError, suggest
+from ..errors import DataDependentError, ImportModelError, MissingOperatorError, suggest
 from ..from_torch import trace
 from ..program import ORIGIN, Program
-from .model_file import DTYPES, OnnxModel, read_model
+from .model_file import DTYPES, OnnxModel, fix_inputs, read_model
 from .registry import supported
 from .signature import fitting, read_recorded, restore
 from .walk import Walk, check_supported, graph_inputs
@@ -30,7 +30,13 @@ that of the first spatial one. Sizes cost nothing (nothing is computed); only ro
 positions must not run out."""
 
 
-def from_onnx(path: str | os.PathLike[str], *, sizes: Mapping[str, int] | None = None, static: bool = False) -> Program:
+def from_onnx(
+    path: str | os.PathLike[str],
+    *,
+    sizes: Mapping[str, int] | None = None,
+    static: bool = False,
+    values: Mapping[str, Any] | None = None,
+) -> Program:
     """Import an ONNX file.
 
     Args:
@@ -38,16 +44,20 @@ def from_onnx(path: str | os.PathLike[str], *, sizes: Mapping[str, int] | None =
         sizes: example sizes of dynamic dimensions by name, for models that only take some (an image size that must be
             a multiple of 32). Sizes that the importer chooses do for most.
         static: fix dynamic dimensions at ``sizes``, which must then name all of them.
+        values: inputs to fix at these tensors (or arrays): the program has them as weights, not as inputs. For inputs
+            that hold a shape, an axis or a count, which cannot stay open.
 
     Returns:
         A program with the file's input and output names, its dynamic dimensions by name, its initializers as weights.
 
     Raises:
-        ImportModelError: the file is missing, truncated or malformed; its data lies outside its folder; a shape
-            depends on data; or a dimension that it declares dynamic is not.
-        UnsupportedOpError: an operator is not known.
+        ImportModelError: the file is missing, truncated or malformed; its data lies outside its folder; or a dimension
+            that it declares dynamic is not.
+        DataDependentError: a shape depends on data (an `ImportModelError`).
+        MissingOperatorError: an operator is not known (an `ImportModelError`, and an `UnsupportedOpError`).
     """
     model = read_model(Path(path))
+    fix_inputs(model, values or {})
     check_supported(model)
     ports = [_Port(port) for port in model.graph.input if port.name in set(graph_inputs(model))]
     names = list(dict.fromkeys(name for port in ports for name in port.dims.values()))
@@ -129,7 +139,7 @@ def _trace(model: OnnxModel, ports: list[_Port], tries: list[dict[str, int]], st
             with traceback.preserve_node_meta():
                 example = [port.example(sizes) for port in ports]
                 return trace(walk, (example,), dynamic=None if static or not dynamic else dynamic), walk
-        except UnsupportedOpError:
+        except (MissingOperatorError, DataDependentError):
             raise
         except ImportModelError as error:
             first = first or error

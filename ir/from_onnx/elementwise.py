@@ -6,6 +6,7 @@ a Python number: an epsilon or an exponent stays a literal in the graph.
 
 from __future__ import annotations
 
+import operator as py
 from collections.abc import Callable
 from functools import reduce
 from typing import Any
@@ -14,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import ImportModelError
 from .registry import operator
+from .unsigned import divide, is_unsigned, ordered, wrapping
 from .values import Host
 
 
@@ -22,28 +25,30 @@ def _floating(value: Any) -> bool:
     return value.is_floating_point() if isinstance(value, Tensor) else isinstance(value, float | torch.SymFloat)
 
 
-@operator("Add", scalars=True)
+@operator("Add", since=7, scalars=True)
 def add(a: Tensor, b: Tensor) -> Tensor:
-    return a + b
+    return wrapping(py.add)(a, b)
 
 
-@operator("Sub", scalars=True)
+@operator("Sub", since=7, scalars=True)
 def sub(a: Tensor, b: Tensor) -> Tensor:
-    return a - b
+    return wrapping(py.sub)(a, b)
 
 
-@operator("Mul", scalars=True)
+@operator("Mul", since=7, scalars=True)
 def mul(a: Tensor, b: Tensor) -> Tensor:
-    return a * b
+    return wrapping(py.mul)(a, b)
 
 
-@operator("Div", scalars=True)
+@operator("Div", since=7, scalars=True)
 def div(a: Tensor, b: Tensor) -> Tensor:
     """Integers divide toward zero."""
+    if is_unsigned(a) or is_unsigned(b):
+        return divide(a, b)[0]
     return a / b if _floating(a) else torch.div(a, b, rounding_mode="trunc")
 
 
-@operator("Pow", known=("base", "exponent"))
+@operator("Pow", since=7, known=("base", "exponent"))
 def pow_(base: Tensor | Host, exponent: Tensor | Host) -> Tensor:
     """The result has the base's type, whatever the exponent's is."""
     base = _as_tensor(base)
@@ -61,17 +66,19 @@ def _as_tensor(value: Tensor | Host) -> Tensor:
 @operator("Mod", scalars=True)
 def mod(a: Tensor, b: Tensor, *, fmod: int = 0) -> Tensor:
     """With ``fmod`` the sign of the dividend, else that of the divisor."""
+    if is_unsigned(a) or is_unsigned(b):
+        return divide(a, b)[1]
     return torch.fmod(a, b) if fmod else torch.remainder(a, b)
 
 
 @operator("Max")
 def maximum(*values: Tensor) -> Tensor:
-    return reduce(torch.maximum, values)
+    return reduce(ordered(torch.maximum), values)
 
 
 @operator("Min")
 def minimum(*values: Tensor) -> Tensor:
-    return reduce(torch.minimum, values)
+    return reduce(ordered(torch.minimum), values)
 
 
 @operator("Sum")
@@ -92,7 +99,7 @@ _UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "Asinh": torch.asinh,
     "Atan": torch.atan,
     "Atanh": torch.atanh,
-    "BitwiseNot": torch.bitwise_not,
+    "BitwiseNot": wrapping(torch.bitwise_not),
     "Ceil": torch.ceil,
     "Cos": torch.cos,
     "Cosh": torch.cosh,
@@ -121,9 +128,9 @@ _UNARY: dict[str, Callable[[Tensor], Tensor]] = {
 
 _BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "And": torch.logical_and,
-    "BitwiseAnd": torch.bitwise_and,
-    "BitwiseOr": torch.bitwise_or,
-    "BitwiseXor": torch.bitwise_xor,
+    "BitwiseAnd": wrapping(torch.bitwise_and),
+    "BitwiseOr": wrapping(torch.bitwise_or),
+    "BitwiseXor": wrapping(torch.bitwise_xor),
     "Or": torch.logical_or,
     "Xor": torch.logical_xor,
 }
@@ -145,8 +152,8 @@ _MIRRORED = {
 }
 
 
-def _unary(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    def call(x: Tensor) -> Tensor:
+def _unary(function: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    def call(x: Tensor, *, consumed_inputs: Any = None) -> Tensor:
         return function(x)
 
     return call
@@ -162,7 +169,9 @@ def _binary(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, T
 def _comparison(name: str) -> Callable[[Any, Any], Tensor]:
     def call(a: Any, b: Any) -> Tensor:
         # torch wants the tensor first: 3 < x is x > 3.
-        return _COMPARISONS[name](a, b) if isinstance(a, Tensor) else _COMPARISONS[_MIRRORED[name]](b, a)
+        if isinstance(a, Tensor):
+            return ordered(_COMPARISONS[name])(a, b)
+        return ordered(_COMPARISONS[_MIRRORED[name]])(b, a)
 
     return call
 
@@ -170,9 +179,9 @@ def _comparison(name: str) -> Callable[[Any, Any], Tensor]:
 for _name, _function in _UNARY.items():
     operator(_name)(_unary(_function))
 for _name, _function_2 in _BINARY.items():
-    operator(_name)(_binary(_function_2))
+    operator(_name, since=7)(_binary(_function_2))
 for _name in _COMPARISONS:
-    operator(_name, scalars=True)(_comparison(_name))
+    operator(_name, since=7, scalars=True)(_comparison(_name))
 
 
 @operator("IsInf")
@@ -195,7 +204,9 @@ def where(condition: Tensor | Host, a: Tensor | Host, b: Tensor | Host) -> Tenso
 
 
 @operator("Clip", scalars=True)
-def clip(x: Tensor, low: Any = None, high: Any = None) -> Tensor:
+def clip(x: Tensor, low: Any = None, high: Any = None, *, min: float | None = None, max: float | None = None) -> Tensor:
+    """The bounds are inputs, or attributes before opset 11."""
+    low, high = min if low is None else low, max if high is None else high
     if isinstance(low, Tensor) or isinstance(high, Tensor):
         low, high = (
             torch.full((), v, dtype=x.dtype) if v is not None and not isinstance(v, Tensor) else v for v in (low, high)
@@ -218,17 +229,64 @@ def identity(x: Tensor) -> Tensor:
     return x
 
 
-@operator("Dropout")
+@operator("Dropout", known=("training", "ratio"))
 def dropout(
-    x: Tensor, ratio: Tensor | None = None, training: Tensor | None = None, *, seed: int = 0, n_used: int
+    x: Tensor,
+    ratio_input: Tensor | None = None,
+    training: Tensor | Host | None = None,
+    *,
+    ratio: float = 0.5,
+    seed: int = 0,
+    is_test: int = 1,
+    n_used: int,
 ) -> Any:
     """In inference, which is what is imported, dropout keeps everything."""
+    off = training is None or (isinstance(training, Host) and not training.item)
+    if not off or not is_test:
+        raise ImportModelError(
+            "Dropout in training mode cannot be imported", expected="a constant False", remedy="export in eval mode"
+        )
     return x if n_used == 1 else (x, torch.ones_like(x, dtype=torch.bool))
 
 
 @operator("Gelu")
 def gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
     return F.gelu(x, approximate=approximate)
+
+
+@operator("Swish")
+def swish(x: Tensor, *, alpha: float = 1.0) -> Tensor:
+    return F.silu(x) if alpha == 1 else x * torch.sigmoid(alpha * x)
+
+
+@operator("Shrink")
+def shrink(x: Tensor, *, bias: float = 0.0, lambd: float = 0.5) -> Tensor:
+    wide = x if x.is_floating_point() else x.float()
+    result = torch.where(wide < -lambd, wide + bias, torch.where(wide > lambd, wide - bias, 0.0))
+    return result.to(x.dtype)
+
+
+@operator("BitShift")
+def bit_shift(x: Tensor, by: Tensor, *, direction: str) -> Tensor:
+    """A shift by the width of the type or more leaves nothing but the sign; right shifts copy the sign."""
+    width = x.dtype.itemsize * 8
+    bits, count = x.to(torch.int64), by.to(torch.int64)
+    inside = (count >= 0) & (count < width)
+    if direction == "LEFT":
+        shifted, rest = torch.bitwise_left_shift(bits, count), 0
+    elif x.dtype == torch.uint64:
+        # The top bit is the sign of the int64 that holds it: the first step must not copy it.
+        half = torch.bitwise_right_shift(bits, 1) & (2**63 - 1)
+        shifted = torch.where(count == 0, bits, torch.bitwise_right_shift(half, (count - 1).clamp(min=0)))
+        rest = 0
+    else:
+        shifted, rest = torch.bitwise_right_shift(bits, count), torch.where(bits < 0, -1, 0)
+    return torch.where(inside, shifted, rest).to(x.dtype)
+
+
+@operator("BitCast")
+def bit_cast(x: Tensor, *, to: torch.dtype) -> Tensor:
+    return x.view(to)
 
 
 @operator("LeakyRelu")
@@ -261,6 +319,41 @@ def thresholded_relu(x: Tensor, *, alpha: float = 1.0) -> Tensor:
     return torch.where(x > alpha, x, 0.0)
 
 
-@operator("PRelu")
+@operator("PRelu", since=7)
 def prelu(x: Tensor, slope: Tensor) -> Tensor:
     return torch.where(x < 0, x * slope, x)
+
+
+@operator("PRelu")
+def prelu_by_channel(x: Tensor, slope: Tensor, *, consumed_inputs: Any = None) -> Tensor:
+    """Before opset 7: one slope for each channel, or for all."""
+    return prelu(x, slope.reshape([-1] + [1] * (x.dim() - 2)))
+
+
+def _aligned(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Before opset 7, the second operand broadcasts from the axis given, and only if asked to."""
+
+    def call(
+        a: Tensor, b: Tensor, *, axis: int | None = None, broadcast: int = 0, consumed_inputs: Any = None
+    ) -> Tensor:
+        if broadcast and axis is not None:
+            b = b.reshape([*b.shape, *[1] * (a.dim() - axis % a.dim() - b.dim())])
+        return function(a, b)
+
+    return call
+
+
+for _name, _function_3 in {
+    "Add": add,
+    "And": torch.logical_and,
+    "Div": div,
+    "Equal": torch.eq,
+    "Greater": torch.gt,
+    "Less": torch.lt,
+    "Mul": mul,
+    "Or": torch.logical_or,
+    "Pow": torch.pow,
+    "Sub": sub,
+    "Xor": torch.logical_xor,
+}.items():
+    operator(_name)(_aligned(_function_3))

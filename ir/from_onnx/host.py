@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from .registry import host_operator
-from .values import MAX_HOST_ELEMENTS, NUMPY, SYMBOLIC, Host, Number
+from .values import MAX_HOST_ELEMENTS, NUMPY, SYMBOLIC, Host, Number, outside_the_trace
 
 MOST_AXES = 8
 """A computed range of up to this many numbers may be a list of axes."""
@@ -21,22 +21,39 @@ def _rounded(items: Sequence[Number], dtype: torch.dtype) -> tuple[Number, ...]:
     """Round concrete floating-point results to the element type, as the operator itself would."""
     if not dtype.is_floating_point:
         return tuple(items)
+    if dtype not in NUMPY:  # bfloat16, which numpy does not have
+        with outside_the_trace():
+            return tuple(torch.tensor(items, dtype=dtype).tolist())
     kind = np.dtype(NUMPY[dtype]).type
     return tuple(item if isinstance(item, SYMBOLIC) else float(kind(item)) for item in items)
 
 
+def _array(host: Host) -> Any:
+    """The numbers in an array of Python objects, symbolic ones included."""
+    flat = np.empty(len(host.items), dtype=object)
+    for index, item in enumerate(host.items):
+        flat[index] = item
+    return flat.reshape(host.shape)
+
+
+def _host(array: Any, dtype: torch.dtype) -> Any:
+    """An array of Python objects as host numbers, unless there are too many of them."""
+    array = np.asarray(array, dtype=object)
+    if array.size > MAX_HOST_ELEMENTS:
+        return NotImplemented
+    dims = array.shape if array.ndim > 1 else None
+    return Host(tuple(array.ravel().tolist()), dtype, is_scalar=array.ndim == 0, dims=dims)
+
+
 def _elementwise(function: Callable[..., Number], *hosts: Host, dtype: torch.dtype | None = None) -> Any:
     dtype = dtype or hosts[0].dtype
-    if dtype == torch.bfloat16 or any(h.dtype == torch.bfloat16 for h in hosts):
-        return NotImplemented  # numpy has no such type to round to
     if dtype.is_floating_point and not all(h.is_concrete for h in hosts):
         return NotImplemented
-    length = max((len(h.items) for h in hosts), default=0)
-    if any(len(h.items) not in (1, length) for h in hosts):
-        return NotImplemented
-    columns = [h.items * length if len(h.items) == 1 else h.items for h in hosts]
-    items = [function(*row) for row in zip(*columns, strict=True)]
-    return Host(_rounded(items, dtype), dtype, is_scalar=all(h.is_scalar for h in hosts))
+    arrays = np.broadcast_arrays(*(_array(h) for h in hosts))
+    items = [function(*row) for row in zip(*(a.ravel().tolist() for a in arrays), strict=True)]
+    shape = arrays[0].shape
+    dims = shape if len(shape) > 1 else None
+    return Host(_rounded(items, dtype), dtype, is_scalar=not shape, dims=dims)
 
 
 def _truncated_division(a: Number, b: Number) -> Number:
@@ -164,33 +181,37 @@ def size(a: Host) -> Any:
 def gather(data: Host, indices: Host, *, axis: int = 0) -> Any:
     if data.is_scalar or not indices.is_concrete:
         return NotImplemented
-    return Host(tuple(data.items[i] for i in indices.items), data.dtype, is_scalar=indices.is_scalar)
+    return _host(np.take(_array(data), _array(indices).astype(np.int64), axis), data.dtype)
 
 
 @host_operator("Slice")
 def slice_(data: Host, starts: Host, ends: Host, axes: Host | None = None, steps: Host | None = None) -> Any:
-    bounds = [starts, ends, *([steps] if steps else [])]
-    if data.is_scalar or not all(b.is_concrete and len(b.items) == 1 for b in bounds):
+    bounds = [starts, ends, *([axes] if axes else []), *([steps] if steps else [])]
+    if data.is_scalar or not all(b.is_concrete for b in bounds):
         return NotImplemented
-    step = steps.item if steps else 1
-    end: int | None = ends.item
-    if step < 0 and end is not None and end < -len(data.items):
-        end = None
-    return Host(data.items[starts.item : end : step], data.dtype)
+    array = _array(data)
+    which = axes.items if axes else range(len(starts.items))
+    strides = steps.items if steps else [1] * len(starts.items)
+    for axis, start, end, step in zip(which, starts.items, ends.items, strides, strict=True):
+        stop: int | None = end
+        if step < 0 and end < -array.shape[axis]:
+            stop = None
+        array = array[(slice(None),) * (axis % array.ndim) + (slice(start, stop, step),)]
+    return _host(array, data.dtype)
 
 
 @host_operator("Concat")
 def concat(*hosts: Host, axis: int) -> Any:
     if any(h.is_scalar for h in hosts):
         return NotImplemented
-    return Host(tuple(item for h in hosts for item in h.items), hosts[0].dtype)
+    return _host(np.concatenate([_array(h) for h in hosts], axis), hosts[0].dtype)
 
 
 @host_operator("Split")
 def split(
     data: Host, sizes: Host | None = None, *, axis: int = 0, num_outputs: int | None = None, n_outputs: int
 ) -> Any:
-    if data.is_scalar or (sizes is not None and not sizes.is_concrete):
+    if data.is_scalar or len(data.shape) > 1 or (sizes is not None and not sizes.is_concrete):
         return NotImplemented
     count = num_outputs or n_outputs
     width = -(-len(data.items) // count)
@@ -204,21 +225,29 @@ def split(
 
 @host_operator("Unsqueeze")
 def unsqueeze(a: Host, axes: Host) -> Any:
-    return Host(a.items, a.dtype) if a.is_scalar and len(axes.items) == 1 else NotImplemented
+    if not axes.is_concrete:
+        return NotImplemented
+    return _host(np.expand_dims(_array(a), tuple(axes.items)), a.dtype)
 
 
 @host_operator("Squeeze")
 def squeeze(a: Host, axes: Host | None = None) -> Any:
-    return Host(a.items, a.dtype, is_scalar=True) if len(a.items) == 1 else NotImplemented
+    if axes is not None and not axes.is_concrete:
+        return NotImplemented
+    return _host(np.squeeze(_array(a), None if axes is None else tuple(axes.items)), a.dtype)
 
 
 @host_operator("Reshape")
 def reshape(a: Host, target: Host, *, allowzero: int = 0) -> Any:
-    if not target.is_concrete or len(target.items) > 1:
+    if not target.is_concrete:
         return NotImplemented
-    if not target.items:
-        return Host(a.items, a.dtype, is_scalar=True) if len(a.items) == 1 else NotImplemented
-    return Host(a.items, a.dtype) if target.item in (-1, len(a.items)) else NotImplemented
+    sizes = [a.shape[i] if n == 0 and not allowzero else n for i, n in enumerate(target.items)]
+    return _host(_array(a).reshape(sizes), a.dtype)
+
+
+@host_operator("Transpose")
+def transpose(a: Host, *, perm: Sequence[int] | None = None) -> Any:
+    return _host(np.transpose(_array(a), perm), a.dtype)
 
 
 @host_operator("Cast")
@@ -226,23 +255,23 @@ def cast(a: Host, *, to: torch.dtype, saturate: int = 1) -> Any:
     if a.dtype == to:
         return a
     if to == torch.bool:
-        return Host(tuple(bool(item) for item in a.items), to, a.is_scalar)
+        return Host(tuple(bool(item) for item in a.items), to, a.is_scalar, dims=a.dims)
     if not to.is_floating_point and to not in NUMPY:
         return NotImplemented
     if to.is_floating_point:
-        if to not in NUMPY or not a.is_concrete:
+        if (to not in NUMPY and to != torch.bfloat16) or not a.is_concrete:
             return NotImplemented
-        return Host(_rounded([float(item) for item in a.items], to), to, a.is_scalar)
+        return Host(_rounded([float(item) for item in a.items], to), to, a.is_scalar, dims=a.dims)
     if not a.is_concrete:
         return (
-            Host(a.items, to, a.is_scalar)
+            Host(a.items, to, a.is_scalar, dims=a.dims)
             if to in (torch.int32, torch.int64) and not a.dtype.is_floating_point
             else NotImplemented
         )
     limits = torch.iinfo(to)
     items = [int(item) for item in a.items if math.isfinite(item)]
     fits = len(items) == len(a.items) and all(limits.min <= item <= limits.max for item in items)
-    return Host(tuple(items), to, a.is_scalar) if fits else NotImplemented
+    return Host(tuple(items), to, a.is_scalar, dims=a.dims) if fits else NotImplemented
 
 
 @host_operator("CastLike")
@@ -252,23 +281,20 @@ def cast_like(a: Host, like: Host, *, saturate: int = 1) -> Any:
 
 @host_operator("Expand")
 def expand(a: Host, target: Host) -> Any:
-    if len(target.items) != 1 or not target.is_concrete or len(a.items) not in (1, target.item):
+    if not target.is_concrete or math.prod(target.items) > MAX_HOST_ELEMENTS:
         return NotImplemented
-    return (
-        Host(a.items * target.item if len(a.items) == 1 else a.items, a.dtype)
-        if target.item <= MAX_HOST_ELEMENTS
-        else NotImplemented
-    )
+    shape = np.broadcast_shapes(a.shape, tuple(target.items))
+    return _host(np.broadcast_to(_array(a), shape), a.dtype)
 
 
 @host_operator("ConstantOfShape")
 def constant_of_shape(target: Host, *, value: Host | None = None) -> Any:
     fill = value or Host((0.0,), torch.float32)
-    if fill.dtype.is_floating_point or not target.is_concrete or len(target.items) > 1:
+    if not target.is_concrete or math.prod(target.items) > MAX_HOST_ELEMENTS:
         return NotImplemented
-    if target.items and target.item > MAX_HOST_ELEMENTS:
+    if fill.dtype.is_floating_point and target.items:
         return NotImplemented
-    return Host(fill.items * (target.item if target.items else 1), fill.dtype, is_scalar=not target.items)
+    return _host(np.full(target.items, fill.items[0], dtype=object), fill.dtype)
 
 
 @host_operator("Range")
@@ -291,7 +317,7 @@ def reduce_sum(a: Host, axes: Host | None = None, *, keepdims: int = 1, noop_wit
 
 
 def _reduced(function: Callable[[Number, Number], Number], start: int, a: Host, keepdims: int, noop: Any) -> Any:
-    if a.dtype.is_floating_point or a.is_scalar or noop:
+    if a.dtype.is_floating_point or len(a.shape) != 1 or noop:
         return NotImplemented
     total: Number = start
     for item in a.items:

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..errors import ImportModelError
+from ..errors import ImportModelError, suggest
 from ..weights import Weight
-from .registry import FIRST_OPSET
 from .wire import read_without_weights
 
 DTYPES: dict[int, torch.dtype] = {
@@ -50,12 +50,20 @@ class OnnxModel:
         opset: version of the standard operators.
         weights: initializers and constants by name.
         source: the file's name.
+        folder: where it lies.
     """
 
     proto: Any
     opset: int
     weights: dict[str, Weight]
     source: str
+    folder: Path
+
+    def opset_of(self, domain: str) -> int:
+        """The version of a domain's operators (1 for a domain that the file does not declare)."""
+        if domain in ("", "ai.onnx"):
+            return self.opset
+        return next((o.version for o in self.proto.opset_import if o.domain == domain), 1)
 
     @property
     def graph(self) -> Any:
@@ -67,8 +75,8 @@ def read_model(path: Path) -> OnnxModel:
     """Read a file.
 
     Raises:
-        ImportModelError: it is missing, truncated, no ONNX model, of an opset that is too old, or its data lies
-            outside its folder.
+        ImportModelError: it is missing, truncated, no ONNX model, of an unknown opset, or its data lies outside its
+            folder.
     """
     import onnx
 
@@ -92,11 +100,10 @@ def read_model(path: Path) -> OnnxModel:
 
         proto = onnx.inliner.inline_local_functions(proto)
     opset = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), 0)
-    if opset < FIRST_OPSET:
+    if not 1 <= opset <= onnx.defs.onnx_opset_version():
         raise ImportModelError(
             f"'{path}' uses opset {opset}",
-            expected=f"opset {FIRST_OPSET} or newer",
-            remedy="convert it: onnx.version_converter.convert_version(model, 18)",
+            expected=f"1 to {onnx.defs.onnx_opset_version()}, the newest that the installed onnx {onnx.__version__} knows",
         )
     if proto.graph.sparse_initializer:
         raise ImportModelError(f"'{path}' holds sparse initializers", expected="dense ones")
@@ -107,7 +114,26 @@ def read_model(path: Path) -> OnnxModel:
             weights[tensor.name] = _embedded(tensor, path, *places[tensor.name])
         else:
             weights[tensor.name] = tensor_weight(tensor, folder)
-    return OnnxModel(proto, opset, weights, path.name)
+    return OnnxModel(proto, opset, weights, path.name, folder)
+
+
+def fix_inputs(model: OnnxModel, values: Mapping[str, Any]) -> None:
+    """Make inputs into stored tensors.
+
+    Raises:
+        ImportModelError: there is no such input, or its element type is another.
+    """
+    ports = {port.name: port.type.tensor_type for port in model.graph.input}
+    for name, value in values.items():
+        if name not in ports:
+            raise ImportModelError(
+                f"the model has no input '{name}'{suggest(name, list(ports))}", expected=", ".join(ports) or "none"
+            )
+        tensor = torch.as_tensor(value)
+        wanted = DTYPES.get(ports[name].elem_type)
+        if tensor.dtype != wanted:
+            raise ImportModelError(f"the value for '{name}' is of type {tensor.dtype}", expected=str(wanted))
+        model.weights[name] = Weight.from_tensor(tensor)
 
 
 def tensor_weight(tensor: Any, folder: Path | None) -> Weight:

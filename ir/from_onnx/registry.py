@@ -5,6 +5,7 @@ parameters the attributes, by their ONNX names. Inputs arrive as tensors, unless
 
 - ``host=("shape",)``: this input is needed on the host, and arrives as a `Host`;
 - ``known=("indices",)``: this input arrives as a `Host` where the host knows it, else as a tensor;
+- ``raw=("state",)``: this input arrives as it is, whatever it is;
 - ``scalars=True``: an input of one known number may arrive as that Python number (element-wise operators).
 
 ``@host_operator`` registers the same operator on host numbers; it runs when all inputs are known to the host, and
@@ -21,12 +22,24 @@ from typing import Any
 
 Function = Callable[..., Any]
 
-FIRST_OPSET = 13
-"""The oldest opset that is read: from here on, axes of `Squeeze` and the like are inputs."""
+MODULES = (
+    "attention",
+    "control",
+    "elementwise",
+    "host",
+    "indexing",
+    "layers",
+    "normalization",
+    "pooling",
+    "reduce",
+    "resize",
+    "shape",
+)
+"""The files that hold operators, one group each."""
 
-INJECTED = ("n_outputs", "n_used", "opset")
+INJECTED = ("n_outputs", "n_used", "opset", "walk")
 """Keyword-only parameters that are no attributes: how many outputs the node has, how many up to the last one that
-something reads, and the opset version."""
+something reads, the opset version, and the walk itself (for operators that hold graphs)."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +55,7 @@ class Operator:
     injected: tuple[str, ...]
     host: frozenset[str]
     known: frozenset[str]
+    raw: frozenset[str]
     scalars: bool
 
     def parameter(self, position: int) -> str:
@@ -49,16 +63,25 @@ class Operator:
         return self.inputs[min(position, len(self.inputs) - 1)]
 
 
+@dataclass(frozen=True)
+class HostOperator:
+    """An operator on host numbers, and the attributes that it knows."""
+
+    function: Function
+    attributes: frozenset[str]
+
+
 _operators: dict[tuple[str, str], list[Operator]] = {}
-_host: dict[tuple[str, str], Function] = {}
+_host: dict[tuple[str, str], HostOperator] = {}
 
 
 def operator(
     *names: str,
-    since: int = FIRST_OPSET,
+    since: int = 1,
     domain: str = "",
     host: Iterable[str] = (),
     known: Iterable[str] = (),
+    raw: Iterable[str] = (),
     scalars: bool = False,
 ) -> Callable[[Function], Function]:
     """Register the decorated function for one or more operator names."""
@@ -79,6 +102,7 @@ def operator(
                 tuple(k for k in keywords if k in INJECTED),
                 frozenset(host),
                 frozenset(known),
+                frozenset(raw),
                 scalars,
             )
             versions = _operators.setdefault((domain, name), [])
@@ -93,8 +117,10 @@ def host_operator(*names: str, domain: str = "") -> Callable[[Function], Functio
     """Register the decorated function as the operator on host numbers; inputs arrive as `Host`."""
 
     def register(function: Function) -> Function:
+        parameters = inspect.signature(function).parameters.values()
+        known = frozenset(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
         for name in names:
-            _host[domain, name] = function
+            _host[domain, name] = HostOperator(function, known)
         return function
 
     return register
@@ -102,7 +128,7 @@ def host_operator(*names: str, domain: str = "") -> Callable[[Function], Functio
 
 def fill() -> None:
     """Import the files that hold the operators."""
-    for module in ("elementwise", "host", "indexing", "layers", "reduce", "shape"):
+    for module in MODULES:
         importlib.import_module(f".{module}", __package__)
 
 
@@ -112,7 +138,7 @@ def find(domain: str, name: str, opset: int) -> Operator | None:
     return known[-1] if known else None
 
 
-def find_host(domain: str, name: str) -> Function | None:
+def find_host(domain: str, name: str) -> HostOperator | None:
     """The operator's function on host numbers."""
     return _host.get((domain, name))
 

@@ -46,15 +46,17 @@ def flatten(x: Tensor, *, axis: int = 1) -> Tensor:
     return x.reshape(outer, -1)
 
 
-@operator("Squeeze", host=("axes",))
-def squeeze(x: Tensor, axes: Host | None = None) -> Tensor:
-    return x.squeeze() if axes is None else x.squeeze(tuple(axes.items))
+@operator("Squeeze", host=("axes_input",))
+def squeeze(x: Tensor, axes_input: Host | None = None, *, axes: Sequence[int] | None = None) -> Tensor:
+    which = axes if axes_input is None else axes_input.items
+    return x.squeeze() if which is None else x.squeeze(tuple(which))
 
 
-@operator("Unsqueeze", host=("axes",))
-def unsqueeze(x: Tensor, axes: Host) -> Tensor:
-    rank = x.dim() + len(axes.items)
-    for axis in sorted(a % rank for a in axes.items):
+@operator("Unsqueeze", host=("axes_input",))
+def unsqueeze(x: Tensor, axes_input: Host | None = None, *, axes: Sequence[int] = ()) -> Tensor:
+    which = axes if axes_input is None else axes_input.items
+    rank = x.dim() + len(which)
+    for axis in sorted(a % rank for a in which):
         x = x.unsqueeze(axis)
     return x
 
@@ -70,18 +72,34 @@ def concat(*values: Tensor, axis: int) -> Tensor:
 
 
 @operator("Split", host=("sizes",))
-def split(
-    x: Tensor, sizes: Host | None = None, *, axis: int = 0, num_outputs: int | None = None, n_outputs: int
+def split_(
+    x: Tensor,
+    sizes: Host | None = None,
+    *,
+    axis: int = 0,
+    num_outputs: int | None = None,
+    split: Sequence[int] | None = None,
+    n_outputs: int,
 ) -> Any:
     """Without sizes, into equal parts, of which the last may be shorter."""
-    if sizes is not None:
-        return torch.split(x, list(sizes.items), axis)
+    lengths = split if sizes is None else sizes.items
+    if lengths is not None:
+        return torch.split(x, list(lengths), axis)
     count = num_outputs or n_outputs
     width = (x.shape[axis] + count - 1) // count
     return torch.split(x, [width] * (count - 1) + [x.shape[axis] - width * (count - 1)], axis)
 
 
-@operator("Slice", host=("starts", "ends", "axes", "steps"))
+@operator("Slice")
+def slice_by_attributes(
+    x: Tensor, *, starts: Sequence[int], ends: Sequence[int], axes: Sequence[int] | None = None
+) -> Tensor:
+    """Before opset 10."""
+    hosts = [None if v is None else Host(tuple(v), torch.int64) for v in (starts, ends, axes)]
+    return slice_(x, *hosts)  # type: ignore[arg-type]
+
+
+@operator("Slice", since=10, host=("starts", "ends", "axes", "steps"))
 def slice_(x: Tensor, starts: Host, ends: Host, axes: Host | None = None, steps: Host | None = None) -> Tensor:
     """Bounds beyond the end are clamped; a negative step walks backward."""
     which = axes.items if axes is not None else range(len(starts.items))
@@ -125,16 +143,29 @@ def broadcast_shape(a: Sequence[Number], b: Sequence[Number]) -> list[Number]:
     return result
 
 
-@operator("Tile", host=("repeats",))
+@operator("Tile", since=6, host=("repeats",))
 def tile(x: Tensor, repeats: Host) -> Tensor:
     return x.repeat(*repeats.items)
 
 
-@operator("Pad", host=("pads", "value", "axes"))
-def pad(
-    x: Tensor, pads: Host, value: Host | None = None, axes: Host | None = None, *, mode: str = "constant"
+@operator("Pad")
+def pad_by_attributes(
+    x: Tensor,
+    *,
+    pads: Sequence[int] = (),
+    paddings: Sequence[int] = (),
+    mode: str = "constant",
+    value: float = 0.0,
 ) -> Tensor:
-    """``pads`` holds all begins, then all ends; torch wants pairs, last dimension first."""
+    """Before opset 11."""
+    return pad(x, Host(tuple(pads or paddings), torch.int64), Host((value,), torch.float32), mode=mode)
+
+
+@operator("Pad", since=11, host=("pads", "axes"), known=("value",))
+def pad(
+    x: Tensor, pads: Host, value: Tensor | Host | None = None, axes: Host | None = None, *, mode: str = "constant"
+) -> Tensor:
+    """``pads`` holds all begins, then all ends; torch wants pairs, last dimension first. Negative ones crop."""
     which = [a % x.dim() for a in axes.items] if axes is not None else list(range(x.dim()))
     pairs: dict[int, tuple[Number, Number]] = {
         a: (pads.items[i], pads.items[i + len(which)]) for i, a in enumerate(which)
@@ -144,17 +175,42 @@ def pad(
         return x
     flat = [p for axis in range(x.dim() - 1, min(padded) - 1, -1) for p in pairs.get(axis, (0, 0))]
     if mode == "constant":
+        if isinstance(value, Tensor):
+            inside = F.pad(torch.ones_like(x, dtype=torch.bool), flat, value=False)
+            return torch.where(inside, F.pad(x, flat), value)
         fill = 0 if value is None else value.item
         return F.pad(x, flat, value=bool(fill) if x.dtype == torch.bool else fill)
-    modes = {"reflect": "reflect", "edge": "replicate", "wrap": "circular"}
-    spatial = len(flat) // 2
-    if spatial >= x.dim():  # torch pads spatial dimensions only, below one or two others
-        return F.pad(x.unsqueeze(0), flat, mode=modes[mode]).squeeze(0)
-    return F.pad(x, flat, mode=modes[mode])
+    for axis in sorted(padded):
+        x = _pad_by_index(x, axis, *pairs[axis], mode=mode)
+    return x
+
+
+def _pad_by_index(x: Tensor, axis: int, before: Number, after: Number, mode: str) -> Tensor:
+    """Pad one axis by repeating its elements: the first and last, all in a circle, or mirrored."""
+    length = x.shape[axis]
+    spatial = x.dim() - axis
+    common = {"reflect": "reflect", "edge": "replicate", "wrap": "circular"}[mode]
+    if spatial == 1 and x.is_floating_point() and x.dim() in (2, 3) and all(_is_natural(p) for p in (before, after)):
+        return F.pad(x, [before, after], mode=common)
+    places = torch.arange(-before, length + after, device=x.device)
+    if mode == "edge":
+        places = places.clamp(0, length - 1)
+    elif mode == "wrap":
+        places = places % length
+    else:
+        period = torch.sym_max(2 * (length - 1), 1)
+        places = places % period
+        places = torch.minimum(places, period - places) if not is_number(length, 1) else places * 0
+    return torch.index_select(x, axis, places)
+
+
+def _is_natural(number: Number) -> bool:
+    return isinstance(number, int) and number >= 0
 
 
 @operator("DepthToSpace")
 def depth_to_space(x: Tensor, *, blocksize: int, mode: str = "DCR") -> Tensor:
+    """Depth, column, row; or column, row, depth."""
     if mode == "CRD":
         return F.pixel_shuffle(x, blocksize)
     n, c, h, w = x.shape
@@ -163,7 +219,9 @@ def depth_to_space(x: Tensor, *, blocksize: int, mode: str = "DCR") -> Tensor:
 
 
 @operator("SpaceToDepth")
-def space_to_depth(x: Tensor, *, blocksize: int) -> Tensor:
+def space_to_depth(x: Tensor, *, blocksize: int, mode: str = "DCR") -> Tensor:
+    if mode == "CRD":
+        return F.pixel_unshuffle(x, blocksize)
     n, c, h, w = x.shape
     parts = x.reshape(n, c, h // blocksize, blocksize, w // blocksize, blocksize).permute(0, 3, 5, 1, 2, 4)
     return parts.reshape(n, c * blocksize**2, h // blocksize, w // blocksize)

@@ -27,23 +27,27 @@ MAX_HOST_ELEMENTS = 64
 
 @dataclass(frozen=True)
 class Host:
-    """A scalar or a vector whose numbers the host knows.
+    """A small tensor whose numbers the host knows.
 
     Attributes:
-        items: the numbers, ``int`` or ``SymInt`` and the like.
+        items: the numbers in row-major order, ``int`` or ``SymInt`` and the like.
         dtype: the ONNX element type.
         is_scalar: rank 0 (one item) instead of rank 1.
         name: the initializer that holds exactly these numbers, if one does.
+        dims: the shape, where the rank is above 1.
     """
 
     items: tuple[Number, ...]
     dtype: torch.dtype
     is_scalar: bool = False
     name: str | None = None
+    dims: tuple[int, ...] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """``()`` or ``(n,)``."""
+        """The sizes, all known."""
+        if self.dims is not None:
+            return self.dims
         return () if self.is_scalar else (len(self.items),)
 
     @property
@@ -66,10 +70,12 @@ class Host:
         if self.is_scalar:
             return torch.full((), self.item, dtype=self.dtype)
         if not self.items:
-            return torch.empty((0,), dtype=self.dtype)
+            return torch.empty(self.shape, dtype=self.dtype)
         if self.is_concrete:
-            return torch.tensor(self.items, dtype=self.dtype)
-        return torch.stack([torch.full((), item, dtype=self.dtype) for item in self.items])
+            flat = torch.tensor(self.items, dtype=self.dtype)
+        else:
+            flat = torch.stack([torch.full((), item, dtype=self.dtype) for item in self.items])
+        return flat if self.dims is None else flat.reshape(self.dims)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +92,19 @@ class Stored:
         return self.tensor.shape
 
 
-Value = torch.Tensor | Host | Stored | None
+@dataclass(frozen=True)
+class Items:
+    """An ONNX sequence, whose length the host knows."""
+
+    values: tuple[Any, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """How many there are, for messages."""
+        return (len(self.values),)
+
+
+Value = torch.Tensor | Host | Stored | Items | None
 
 
 @contextmanager

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,12 +14,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import traceback
 
-from ..errors import GraphlatheError, ImportModelError, UnsupportedOpError
+from ..errors import DataDependentError, GraphlatheError, ImportModelError, MissingOperatorError
 from ..program import ORIGIN
 from ..weights import Weight
+from .functions import Described, body_of, has_body
 from .model_file import DTYPES, OnnxModel, tensor_weight
 from .registry import Operator, fill, find, find_host
-from .values import Host, Stored, Value, host_of, outside_the_trace, starts_on_host
+from .values import Host, Items, Stored, Value, host_of, outside_the_trace, starts_on_host
 
 _STANDARD = ("", "ai.onnx")
 
@@ -28,8 +30,18 @@ def node_name(node: Any) -> str:
     return node.name or next((name for name in node.output if name), node.op_type)
 
 
+def domain_of(node: Any) -> str:
+    """The node's domain; the standard one is the empty string."""
+    return "" if node.domain in _STANDARD else node.domain
+
+
+def full_name(node: Any) -> str:
+    """The operator's name, with its domain unless that is the standard one."""
+    return f"{node.domain}::{node.op_type}" if domain_of(node) else node.op_type
+
+
 def all_nodes(graph: Any) -> Iterator[Any]:
-    """All nodes of a graph and of the graphs nested in it."""
+    """All nodes of a graph or a function and of the graphs nested in it."""
     for node in graph.node:
         yield node
         for attribute in node.attribute:
@@ -40,7 +52,8 @@ def all_nodes(graph: Any) -> Iterator[Any]:
 def names_read(graph: Any) -> set[str]:
     """Names of the values that some node, or a graph's caller, reads."""
     nested = (a.g for node in all_nodes(graph) for a in node.attribute if a.HasField("g"))
-    outputs = {output.name for each in (graph, *nested) for output in each.output}
+    # A graph's outputs are described, a function's are names.
+    outputs = {getattr(output, "name", output) for each in (graph, *nested) for output in each.output}
     return outputs | {name for node in all_nodes(graph) for name in node.input}
 
 
@@ -48,16 +61,16 @@ def check_supported(model: OnnxModel) -> None:
     """Find out before the trace whether an operator is missing.
 
     Raises:
-        UnsupportedOpError: naming the first one and how many others.
+        MissingOperatorError: naming the first one and how many others.
     """
     fill()
     missing: dict[str, Any] = {}
     for node in all_nodes(model.graph):
-        if node.op_type in ("Constant", "If") and node.domain in _STANDARD:
+        if node.op_type == "Constant" and node.domain in _STANDARD:
             continue
-        domain = "" if node.domain in _STANDARD else node.domain
-        if find(domain, node.op_type, model.opset) is None:
-            missing.setdefault(f"{domain}::{node.op_type}" if domain else node.op_type, node)
+        opset = model.opset_of(node.domain)
+        if find(domain_of(node), node.op_type, opset) is None and not has_body(node, opset):
+            missing.setdefault(full_name(node), node)
     if missing:
         name, node = next(iter(missing.items()))
         others = (
@@ -65,16 +78,17 @@ def check_supported(model: OnnxModel) -> None:
             if len(missing) > 1
             else ""
         )
-        raise UnsupportedOpError(
-            f"the ONNX operator {name} (opset {model.opset}) cannot be imported{others}",
+        raise MissingOperatorError(
+            f"the ONNX operator {name} (opset {model.opset_of(node.domain)}) cannot be imported{others}",
             node=node_name(node),
             remedy="export the model from its source framework with graphlathe.trace instead, or report the operator",
         )
 
 
 def rename_constants(graph: Any) -> None:
-    """Give every constant inside an ``If`` a name of its own: two branches may use one name for different numbers."""
+    """Give every stored tensor of a nested graph a name of its own: two branches may use one name for two tensors."""
     seen: set[str] = {name for node in graph.node for name in node.output}
+    seen |= {port.name for port in graph.input} | {tensor.name for tensor in graph.initializer}
     for node in graph.node:
         for attribute in node.attribute:
             if attribute.HasField("g"):
@@ -82,6 +96,12 @@ def rename_constants(graph: Any) -> None:
 
 
 def _rename_inside(graph: Any, seen: set[str]) -> None:
+    for tensor in graph.initializer:
+        if tensor.name in seen:
+            old, new = tensor.name, f"{tensor.name}.{len(seen)}"
+            tensor.name = new
+            _rename_uses(graph, old, new)
+        seen.add(tensor.name)
     for node in graph.node:
         if node.op_type == "Constant" and node.domain in _STANDARD and node.output[0] in seen:
             old, new = node.output[0], f"{node.output[0]}.{len(seen)}"
@@ -120,12 +140,14 @@ class Walk(nn.Module):
         self.names: dict[str, str] = {}
         self.stored: dict[str, Weight] = {}
         self.on_host: dict[str, Host] = {}
-        self.read = names_read(model.graph)
         for name, weight in model.weights.items():
             self._store(name, weight)
         for node in all_nodes(model.graph):
             if node.op_type == "Constant" and node.domain in _STANDARD:
                 self._constant(node)
+            for attribute in node.attribute:
+                for tensor in attribute.g.initializer:
+                    self._store(tensor.name, tensor_weight(tensor, model.folder))
 
     def _store(self, name: str, weight: Weight) -> None:
         parameter = f"w{len(self.names)}"
@@ -138,25 +160,11 @@ class Walk(nn.Module):
             self.on_host[name] = host_of(weight, name)
 
     def _constant(self, node: Any) -> None:
-        (attribute,) = node.attribute
-        name = node.output[0]
-        match attribute.name:
-            case "value":
-                self._store(name, tensor_weight(attribute.t, None))
-            case "value_int" | "value_ints":
-                self.on_host[name] = Host(
-                    (attribute.i,) if attribute.name == "value_int" else tuple(attribute.ints),
-                    torch.int64,
-                    is_scalar=attribute.name == "value_int",
-                )
-            case "value_float":
-                self.on_host[name] = Host((attribute.f,), torch.float32, is_scalar=True)
-            case "value_floats":
-                self._store(name, Weight.from_tensor(torch.tensor(list(attribute.floats), dtype=torch.float32)))
-            case other:
-                raise ImportModelError(
-                    f"a Constant with the attribute '{other}' cannot be imported", node=node_name(node)
-                )
+        value = constant_value(node)
+        if isinstance(value, Host):
+            self.on_host[node.output[0]] = value
+        else:
+            self._store(node.output[0], value)
 
     def forward(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
         """Apply all nodes."""
@@ -167,25 +175,26 @@ class Walk(nn.Module):
                 constants[name] = Stored(getattr(self, parameter), self.stored[name], name)
         self.tensors = {name: getattr(self, parameter) for parameter, name in self.names.items()}
         env: dict[str, Value] = constants | dict(zip(graph_inputs(self.model), inputs, strict=True))
-        self._run(graph, env)
-        return tuple(self._tensor(self._read(env, output.name, None)) for output in graph.output)
+        scope = Scope(env, self.model.opset_of, names_read(graph), list(all_nodes(graph)))
+        self._run(graph.node, scope)
+        return tuple(self.tensor(self._read(scope, output.name, None)) for output in graph.output)
 
-    def _run(self, graph: Any, env: dict[str, Value]) -> None:
-        for node in graph.node:
+    def _run(self, nodes: Iterable[Any], scope: Scope) -> None:
+        for node in nodes:
             if node.op_type == "Constant" and node.domain in _STANDARD:
+                if scope.call is not None:
+                    scope.env[node.output[0]] = _immediate(node)
                 continue
-            with traceback.annotate({ORIGIN: node_name(node)}):
-                results = self._step(node, env)
+            with traceback.annotate({ORIGIN: scope.name_of(node)}):
+                results = self._step(node, scope)
             for name, value in zip(node.output, results, strict=False):
                 if name:
-                    env[name] = value
+                    scope.env[name] = value
 
-    def _step(self, node: Any, env: dict[str, Value]) -> Sequence[Value]:
-        values = [self._read(env, name, node) if name else None for name in node.input]
+    def _step(self, node: Any, scope: Scope) -> Sequence[Value]:
+        values = [self._read(scope, name, node) if name else None for name in node.input]
         try:
-            if node.op_type == "If" and node.domain in _STANDARD:
-                return self._branch(node, values[0], env)
-            return _as_tuple(self._call(node, values))
+            return _as_tuple(self._call(node, values, scope))
         except GraphlatheError:
             raise
         except Exception as error:
@@ -193,57 +202,83 @@ class Walk(nn.Module):
             first = (str(error).splitlines() or [""])[0]
             raise ImportModelError(
                 f"{node.op_type} failed on shapes {shapes}: {type(error).__name__}: {first}",
-                node=node_name(node),
+                node=scope.name_of(node),
                 remedy="if dimensions depend on each other, pass sizes={name: size} that fit together"
                 if any(isinstance(n, torch.SymInt) for v in values if v is not None for n in v.shape)
                 else None,
             ) from error
 
-    def _call(self, node: Any, values: list[Value]) -> Any:
-        domain = "" if node.domain in _STANDARD else node.domain
-        entry = find(domain, node.op_type, self.model.opset)
-        assert entry is not None, "check_supported comes first"
+    def _call(self, node: Any, values: list[Value], scope: Scope) -> Any:
+        opset = scope.opset_of(node.domain)
+        entry = find(domain_of(node), node.op_type, opset)
+        if entry is None:
+            return self._function(node, values, scope, opset)
         attributes = {a.name: attribute_value(a) for a in node.attribute}
-        if "to" in attributes:
-            attributes["to"] = DTYPES[attributes["to"]]
-        if "dtype" in attributes:
-            attributes["dtype"] = DTYPES[attributes["dtype"]]
+        for name, attribute in attributes.items():
+            if isinstance(attribute, Graph):
+                attributes[name] = Body(self, attribute.proto, scope)
+        for name in ("to", "dtype", "output_dtype"):
+            if attributes.get(name):
+                attributes[name] = _element_type(node, attributes[name])
+            else:
+                attributes.pop(name, None)
         unknown = [name for name in attributes if name not in entry.attributes]
         if unknown:
-            raise UnsupportedOpError(
+            raise MissingOperatorError(
                 f"{node.op_type}: the attribute '{unknown[0]}' cannot be imported",
-                node=node_name(node),
+                node=scope.name_of(node),
                 expected=f"attributes: {', '.join(sorted(entry.attributes)) or 'none'}",
             )
-        used = [i for i, name in enumerate(node.output, 1) if name in self.read]
+        used = [i for i, name in enumerate(node.output, 1) if name in scope.read]
         injected: dict[str, Any] = {
             "n_outputs": len(node.output),
             "n_used": max(used, default=1),
-            "opset": self.model.opset,
+            "opset": opset,
+            "walk": self,
         }
         keywords = attributes | {name: injected[name] for name in entry.injected}
-        shortcut = find_host(domain, node.op_type)
+        shortcut = find_host(domain_of(node), node.op_type)
         kinds = {type(v) for v in values if v is not None}
-        if shortcut is not None and kinds == {Host}:
-            result = shortcut(*values, **keywords)
+        if shortcut is not None and kinds == {Host} and set(attributes) <= shortcut.attributes:
+            chosen = {name: keywords[name] for name in keywords if name in shortcut.attributes}
+            result = shortcut.function(*values, **chosen)
             if result is not NotImplemented:
                 return result
-        return entry.function(*self._arguments(node, entry, values), **keywords)
+        return entry.function(*self._arguments(node, entry, values, scope), **keywords)
 
-    def _arguments(self, node: Any, entry: Operator, values: Sequence[Value]) -> list[Any]:
+    def _function(self, node: Any, values: list[Value], scope: Scope, opset: int) -> list[Value]:
+        """Apply the operator's own definition in terms of others, from ONNX's schema."""
+        body = body_of(node, opset, [_described(value) for value in values])
+        if body is None:
+            raise MissingOperatorError(
+                f"the ONNX operator {full_name(node)} (opset {opset}) cannot be imported",
+                node=scope.name_of(node),
+            )
+        opsets = {"" if e.domain in _STANDARD else e.domain: e.version for e in body.opset_import}
+
+        def opset_of(domain: str) -> int:
+            return opsets.get("" if domain in _STANDARD else domain) or scope.opset_of(domain)
+
+        env: dict[str, Value] = dict.fromkeys(body.input)
+        env |= dict(zip(body.input, values, strict=False))
+        inner = Scope(env, opset_of, names_read(body), list(all_nodes(body)), Call(node, body, scope))
+        self._run(body.node, inner)
+        return [self._read(inner, name, node) for name in body.output[: len(node.output)]]
+
+    def _arguments(self, node: Any, entry: Operator, values: Sequence[Value], scope: Scope) -> list[Any]:
         if len(values) > len(entry.inputs) and not entry.variadic:
-            raise UnsupportedOpError(
+            raise MissingOperatorError(
                 f"{node.op_type} with {len(values)} inputs cannot be imported",
-                node=node_name(node),
+                node=scope.name_of(node),
                 expected=f"at most {len(entry.inputs)}",
             )
-        ranks = [len(v.shape) for v in values if v is not None and not isinstance(v, Host)]
+        ranks = [len(v.shape) for v in values if isinstance(v, (Tensor, Stored))]
         arguments: list[Any] = []
         for position, value in enumerate(values):
-            if value is None:
-                arguments.append(None)
+            if value is None or isinstance(value, Items) or entry.parameter(position) in entry.raw:
+                arguments.append(value)
             elif entry.parameter(position) in entry.host:
-                arguments.append(self._known(node, entry.parameter(position), value))
+                arguments.append(self._known(node, position, entry.parameter(position), value, scope))
             elif (
                 entry.parameter(position) in entry.known
                 and isinstance(value, Host)
@@ -259,22 +294,27 @@ class Walk(nn.Module):
             ):
                 arguments.append(value.item)
             else:
-                arguments.append(self._tensor(value))
+                arguments.append(self.tensor(value))
         return arguments
 
-    def _known(self, node: Any, parameter: str, value: Value) -> Host:
+    def _known(self, node: Any, position: int, parameter: str, value: Value, scope: Scope) -> Host:
         if isinstance(value, Stored) and len(value.shape) <= 1:
             return host_of(value.weight, value.name)
         if isinstance(value, Host):
             return value
-        raise ImportModelError(
+        sources = list(dict.fromkeys(sources_of(scope, node.input[position], graph_inputs(self.model))))
+        raise DataDependentError(
             f"the input '{parameter}' of {node.op_type} is computed from data",
-            node=node_name(node),
+            inputs=sources,
+            node=scope.name_of(node),
             expected="a constant, or a function of the inputs' sizes",
-            remedy="shapes that depend on data cannot be imported: trace the original model instead",
+            remedy=f"fix the inputs that it comes from: from_onnx(..., values={{{_examples(sources)}}})"
+            if sources
+            else "shapes that depend on data cannot be imported: trace the original model instead",
         )
 
-    def _tensor(self, value: Value) -> Tensor:
+    def tensor(self, value: Value) -> Tensor:
+        """A value as a tensor of the trace."""
         match value:
             case Stored(tensor=tensor):
                 return tensor
@@ -284,31 +324,98 @@ class Walk(nn.Module):
                 return value.to_tensor()
             case Tensor():
                 return value
+            case Items():
+                raise ImportModelError("a sequence is used as a tensor")
             case None:
                 raise ImportModelError("an output that was left out is used")
 
-    def _branch(self, node: Any, condition: Value, env: dict[str, Value]) -> list[Value]:
-        """An ``If`` whose condition the host knows is the branch it takes."""
-        known = self._known(node, "cond", condition)
-        wanted = "then_branch" if bool(known.item) else "else_branch"
-        body = next(a.g for a in node.attribute if a.name == wanted)
-        inner = dict(env)
-        for tensor in body.initializer:
-            if tensor.name not in self.stored:
-                raise ImportModelError(
-                    "an If branch with stored tensors of its own cannot be imported", node=node_name(node)
-                )
-        self._run(body, inner)
-        return [self._read(inner, output.name, node) for output in body.output]
-
-    def _read(self, env: dict[str, Value], name: str, node: Any) -> Value:
-        if name not in env:
+    def _read(self, scope: Scope, name: str, node: Any) -> Value:
+        if name not in scope.env:
             raise ImportModelError(
                 f"nothing computes the value '{name}'",
                 node=node_name(node) if node is not None else None,
                 remedy="the file is not a valid ONNX graph: onnx.checker.check_model says where",
             )
-        return env[name]
+        return scope.env[name]
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What a list of nodes sees.
+
+    Attributes:
+        env: values by name.
+        opset_of: the opset version of a domain.
+        read: names of the values that something reads.
+        call: the operator whose own definition is being applied, if one is.
+        nodes: the nodes, and those around them.
+    """
+
+    env: dict[str, Value]
+    opset_of: Callable[[str], int]
+    read: set[str]
+    nodes: Sequence[Any]
+    call: Call | None = None
+
+    def name_of(self, node: Any) -> str:
+        """The name of the node in the file that a node stands for."""
+        return node_name(node) if self.call is None else self.call.outer.name_of(self.call.node)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A node whose operator's own definition is being applied, the definition, and the scope of the node."""
+
+    node: Any
+    body: Any
+    outer: Scope
+
+
+class Body:
+    """A nested graph as a function of its inputs; it sees the values around it."""
+
+    def __init__(self, walk: Walk, graph: Any, scope: Scope) -> None:
+        self.walk = walk
+        self.graph = graph
+        self.scope = scope
+
+    def __call__(self, *values: Value) -> list[Value]:
+        """Apply its nodes, and return its outputs."""
+        env = self.scope.env | dict(zip((port.name for port in self.graph.input), values, strict=True))
+        inner = replace(self.scope, env=env, read=names_read(self.graph))
+        self.walk._run(self.graph.node, inner)
+        return [self.walk._read(inner, output.name, None) for output in self.graph.output]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """An attribute that is a graph."""
+
+    proto: Any
+
+
+def sources_of(scope: Scope, name: str, inputs: Sequence[str]) -> list[str]:
+    """The graph inputs that a value is computed from."""
+    producers = {output: node for node in scope.nodes for output in node.output}
+    found: list[str] = []
+    waiting, seen = [name], set[str]()
+    while waiting:
+        each = waiting.pop()
+        if not each or each in seen:
+            continue
+        seen.add(each)
+        if each in producers:
+            waiting.extend(producers[each].input)
+        elif scope.call is None:
+            found += [each] if each in inputs else []
+        elif each in scope.call.body.input:
+            outside = scope.call.node.input[list(scope.call.body.input).index(each)]
+            found += sources_of(scope.call.outer, outside, inputs)
+    return found
+
+
+def _examples(names: Sequence[str]) -> str:
+    return ", ".join(f"'{name}': ..." for name in names)
 
 
 def graph_inputs(model: OnnxModel) -> list[str]:
@@ -317,14 +424,63 @@ def graph_inputs(model: OnnxModel) -> list[str]:
 
 
 def attribute_value(attribute: Any) -> Any:
-    """An attribute as a Python value; a tensor as host numbers."""
+    """An attribute as a Python value; a tensor as host numbers, a graph as a `Graph`."""
     import onnx
 
     if attribute.type == onnx.AttributeProto.TENSOR:
         with outside_the_trace():
             return host_of(tensor_weight(attribute.t, None), "").unnamed()
+    if attribute.type == onnx.AttributeProto.GRAPH:
+        return Graph(attribute.g)
     value = onnx.helper.get_attribute_value(attribute)
     return value.decode() if isinstance(value, bytes) else value
+
+
+def constant_value(node: Any) -> Host | Weight:
+    """The numbers of a ``Constant``."""
+    (attribute,) = node.attribute
+    match attribute.name:
+        case "value":
+            return tensor_weight(attribute.t, None)
+        case "value_int" | "value_ints":
+            numbers = (attribute.i,) if attribute.name == "value_int" else tuple(attribute.ints)
+            return Host(numbers, torch.int64, is_scalar=attribute.name == "value_int")
+        case "value_float":
+            return Host((attribute.f,), torch.float32, is_scalar=True)
+        case "value_floats":
+            return Weight.from_tensor(torch.tensor(list(attribute.floats), dtype=torch.float32))
+        case other:
+            raise MissingOperatorError(
+                f"a Constant with the attribute '{other}' cannot be imported", node=node_name(node)
+            )
+
+
+def _immediate(node: Any) -> Value:
+    """A ``Constant`` in an operator's definition, which no file stores."""
+    with outside_the_trace():
+        value = constant_value(node)
+        if isinstance(value, Host):
+            return value
+        if starts_on_host(value):
+            return host_of(value, "").unnamed()
+        numbers = value.tensor()
+    return torch.tensor(numbers.tolist(), dtype=numbers.dtype)
+
+
+def _element_type(node: Any, number: int) -> torch.dtype:
+    if number not in DTYPES:
+        raise MissingOperatorError(
+            f"{node.op_type} to the element type {number} cannot be imported",
+            node=node_name(node),
+            expected="a type that torch has",
+        )
+    return DTYPES[number]
+
+
+def _described(value: Value) -> Described:
+    if isinstance(value, Stored):
+        return value.tensor.dtype, tuple(value.shape)
+    return (value.dtype, tuple(value.shape)) if isinstance(value, (Tensor, Host)) else None
 
 
 def _as_tuple(result: Any) -> tuple[Value, ...]:

@@ -114,6 +114,28 @@ def average_pool(t: Translator, node: fx.Node, x: ir.Value, kernel: Any, *rest: 
     return t.recorder.op("Mul", mean, t.recorder.constant(math.prod(window) / divisor, dtype))
 
 
+@special(aten.cumprod.default)
+def running_product(t: Translator, node: fx.Node, x: ir.Value, dim: int, dtype: Any = None) -> Any:
+    """The products of all beginnings, side by side: ONNX has a running product from opset 26 on only."""
+    op, value = t.recorder.op, node.meta["val"]
+    axis, rank = dim % max(value.dim(), 1), value.dim()
+    if dtype is not None or rank == 0:
+        return NotImplemented
+    zero, one = (t.recorder.constant(n, ir.DataType.INT64) for n in (0, 1))
+    length = op("Squeeze", op("Shape", x, start=axis, end=axis + 1), t.vector([0]))
+    places = op("Range", zero, length, one)
+    shape = [-1 if i == axis else 1 for i in range(rank)]
+    columns = op("Reshape", places, t.vector([*shape[: axis + 1], 1, *shape[axis + 1 :]]))
+    rows = op("Reshape", places, t.vector([*shape[:axis], 1, *shape[axis:]]))
+    factors = op(
+        "Where",
+        op("LessOrEqual", rows, columns),
+        op("Unsqueeze", x, t.vector([axis])),
+        t.recorder.constant(1, ir.DataType(int(_element(node)))),
+    )
+    return op("ReduceProd", factors, t.vector([axis + 1]), keepdims=0)
+
+
 @special(aten.squeeze.dim, aten.squeeze.dims)
 def squeeze(t: Translator, node: fx.Node, x: ir.Value, dims: Any) -> Any:
     """Dimensions of another size than 1 stay, which ONNX calls an error."""

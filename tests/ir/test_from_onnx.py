@@ -561,8 +561,8 @@ def _refused(change: Callable[[onnx.ModelProto], None]) -> onnx.ModelProto:
     return model
 
 
-def _old_opset(model: onnx.ModelProto) -> None:
-    model.opset_import[0].version = 11
+def _unknown_opset(model: onnx.ModelProto) -> None:
+    model.opset_import[0].version = 99
 
 
 def _dangling(model: onnx.ModelProto) -> None:
@@ -591,7 +591,7 @@ def _wrong_shapes(model: onnx.ModelProto) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_old_opset, "uses opset 11"),
+        (_unknown_opset, "uses opset 99"),
         (_dangling, "nothing computes the value 'nowhere'"),
         (_attribute, "attribute 'slope'"),
         (_no_rank, "has no rank"),

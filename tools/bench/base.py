@@ -24,6 +24,7 @@ Row = dict[str, Any]
 
 MODULES: dict[str, str] = {
     "compiler": ".compiler",
+    "onnx-coverage": ".onnx_coverage",
     "scale": ".scale",
 }
 """Suites by name; each module has a `SUITE`. Loaded when listed or run."""
@@ -88,11 +89,13 @@ class Run:
     """How a suite is to be run.
 
     Attributes:
-        quick: smaller sizes and fewer repeats.
+        quick: smaller sizes, fewer repeats, or a sample.
+        only: of a suite that consists of cases, those whose name contains this.
         say: called with a line about what is going on now.
     """
 
     quick: bool = False
+    only: str | None = None
     say: Callable[[str], None] = lambda line: None
 
 

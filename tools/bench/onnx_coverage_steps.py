@@ -1,0 +1,172 @@
+"""The work of suite ``onnx-coverage``: one case through import, run, export and ONNX Runtime, in a process of its own."""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...ir.errors import DataDependentError, GraphlatheError, ImportModelError
+from ...ir.from_onnx import from_onnx
+from ...ir.program import Program
+from ...ir.to_onnx import export_onnx
+from .onnx_cases import Case, cases, same
+
+STATES = ("passed", "specialised", "wrong", "export", "error", "unsupported", "crashed")
+"""How a case can end: equal outputs from us and from our export; the same, with an input fixed to the example's value;
+other numbers; equal outputs, but not from our export; an error that is no message of ours; a message of ours that says
+what is missing; or the end of the process."""
+
+CASE_SECONDS = 300.0
+
+
+@dataclass
+class Outcome:
+    """How a case ended.
+
+    Attributes:
+        name: the case.
+        state: one of `STATES`.
+        reason: why it did not pass; for a specialised one, the inputs that were fixed.
+        runtime: what ran our export: ``onnxruntime``, or ``reference`` where it has no kernel for a type.
+        seconds: how long it took.
+    """
+
+    name: str
+    state: str
+    reason: str = ""
+    runtime: str = ""
+    seconds: float = 0.0
+
+
+def run_cases(names: Sequence[str], log: str) -> int:
+    """Run cases in turn; each line of the log is a name when it starts, and its outcome when it ends."""
+    torch.set_num_threads(1)
+    known = cases()
+    with open(log, "a", encoding="utf-8") as file, tempfile.TemporaryDirectory(prefix="graphlathe-onnx-") as folder:
+        for name in names:
+            print(json.dumps({"started": name}), file=file, flush=True)
+            faulthandler.dump_traceback_later(CASE_SECONDS, exit=True)
+            start = time.perf_counter()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                outcome = run_case(known[name], Path(folder))
+            faulthandler.cancel_dump_traceback_later()
+            outcome.name, outcome.seconds = name, time.perf_counter() - start
+            print(json.dumps(asdict(outcome)), file=file, flush=True)
+    return len(names)
+
+
+def run_case(case: Case, folder: Path) -> Outcome:
+    """Import a case's model, run it, export it, run the export; compare both with the outputs to expect."""
+    import onnx
+
+    path = folder / "case.onnx"
+    path.write_bytes(case.model().SerializeToString())
+    inputs, expected = case.data()[0]
+    stored = {tensor.name for tensor in case.model().graph.initializer}
+    ports = [port.name for port in case.model().graph.input if port.name not in stored]
+    feeds = {name: _tensor(array) for name, array in zip(ports, inputs, strict=False)}
+    try:
+        program, fixed = import_case(path, feeds)
+    except ImportModelError as error:
+        # A failure inside an operator is wrapped for users; it is no statement that something is unsupported.
+        wrapped = isinstance(error.__cause__, Exception) and not isinstance(error.__cause__, GraphlatheError)
+        return Outcome(case.name, "error" if wrapped else "unsupported", _line(error))
+    except Exception as error:
+        return Outcome(case.name, "error", f"import: {_line(error)}")
+    try:
+        for ins, outs in case.data():
+            given = {name: _tensor(array) for name, array in zip(ports, ins, strict=False)}
+            actual = program.run({name: value for name, value in given.items() if name in program.main.inputs})
+            difference = _difference([_numpy(value) for value in actual.values()], outs, case)
+            if difference:
+                return Outcome(case.name, "wrong", difference)
+    except Exception as error:
+        return Outcome(case.name, "error", f"run: {_line(error)}")
+    target = folder / "again.onnx"
+    try:
+        export_onnx(program, target)
+        given = {name: inputs[ports.index(name)] for name in program.main.inputs}
+        outputs, runtime = _run_file(target, given, onnx)
+        difference = _difference(outputs, expected, case)
+    except Exception as error:
+        return Outcome(case.name, "export", _line(error))
+    if difference:
+        return Outcome(case.name, "export", f"{runtime}: {difference}", runtime)
+    return Outcome(case.name, "specialised" if fixed else "passed", ", ".join(fixed), runtime)
+
+
+def import_case(path: Path, feeds: dict[str, torch.Tensor]) -> tuple[Program, list[str]]:
+    """Import with all inputs open; where a shape, axis or count is fed, with those inputs fixed, and which they are.
+
+    Raises:
+        ImportModelError: it cannot be imported.
+    """
+    fixed: dict[str, torch.Tensor] = {}
+    while True:
+        try:
+            return from_onnx(path, values=fixed), list(fixed)
+        except DataDependentError as error:
+            more = [name for name in error.inputs if name in feeds and name not in fixed]
+            if not more:
+                raise
+            fixed |= {name: feeds[name] for name in more}
+
+
+def _run_file(path: Path, feeds: dict[str, np.ndarray], onnx: Any) -> tuple[list[np.ndarray], str]:
+    """Run an ONNX file in ONNX Runtime; where that has no kernel for a type, in onnx's reference evaluator."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = 1
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return session.run(None, feeds), "onnxruntime"
+    except Exception as error:
+        text = str(error)
+        if "NOT_IMPLEMENTED" not in text and "Unexpected input data type" not in text and "bfloat16" not in text:
+            raise
+    from onnx.reference import ReferenceEvaluator
+
+    return list(ReferenceEvaluator(str(path)).run(None, feeds)), "reference"
+
+
+def _difference(actual: Sequence[np.ndarray], expected: Sequence[np.ndarray], case: Case) -> str | None:
+    if len(actual) < len(expected):
+        return f"{len(actual)} outputs instead of {len(expected)}"
+    for index, (ours, theirs) in enumerate(zip(actual, expected, strict=False)):
+        difference = same(np.asarray(ours), theirs, case)
+        if difference:
+            return f"output {index}: {difference}"
+    return None
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    array = np.ascontiguousarray(array).reshape(array.shape)
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(array.copy())
+
+
+def _numpy(tensor: torch.Tensor) -> np.ndarray:
+    if tensor.dtype == torch.bfloat16:
+        import ml_dtypes
+
+        return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def _line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
