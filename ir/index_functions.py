@@ -79,7 +79,7 @@ class IndexFunctions:
     def at(self, node: Any, coordinates: Sequence[Any]) -> Any:
         """A tensor's value at other coordinates, or a plain number as it is."""
         if not isinstance(node, fx.Node):
-            return sympy.true if node is True else sympy.false if node is False else sympy.sympify(node)
+            return _literal(node)
         if not _is_tensor(node):
             return size_expr(node.meta["val"])
         return self.read(node).xreplace({coordinate(i): c for i, c in enumerate(coordinates)})
@@ -92,10 +92,30 @@ class IndexFunctions:
         lead = rank - len(shape)
         return self.at(operand, [_zero_if_one(s, coordinate(lead + i)) for i, s in enumerate(shape)])
 
+    def within(self, value: Any, shape: Sequence[Any]) -> Any:
+        """An expression, knowing that each coordinate is below the size of its axis."""
+        sizes = {coordinate(i): size_expr(s) for i, s in enumerate(shape)}
+
+        def whole(fraction: Any) -> Any:
+            terms = sympy.Add.make_args(sympy.expand(fraction))
+            small = [t for t in terms if any(t == x / size for x, size in sizes.items())]
+            rest = sympy.Add(*(t for t in terms if t not in small))
+            return rest if len(small) == 1 and rest.is_integer else sympy.floor(fraction)
+
+        def remainder(number: Any, size: Any) -> Any:
+            terms = sympy.Add.make_args(sympy.expand(number))
+            small = [t for t in terms if sizes.get(t) == size]
+            others = all((t / size).is_integer for t in terms if t not in small)
+            return small[0] if len(small) == 1 and others else sympy.Mod(number, size)
+
+        return value.replace(sympy.floor, whole).replace(sympy.Mod, remainder)
+
     def _leaf(self, node: fx.Node) -> Any:
         value = node.meta.get("val")
         if not isinstance(value, torch.Tensor):
             return sympy.Symbol(f"n_{node.name}")
+        if node.op == "get_attr" and (constant := self._constant(node)) is not None:
+            return constant
         if node.op == "get_attr" and (band := self._band(node)) is not None:
             return band if value.dtype is torch.bool else number(band)
         if node.op == "get_attr" and (ramp := self._ramp(node)) is not None:
@@ -104,6 +124,13 @@ class IndexFunctions:
         self.leaves[function] = node
         applied = function(*(_zero_if_one(s, coordinate(i)) for i, s in enumerate(value.shape)))
         return sympy.Ne(applied, 0) if value.dtype is torch.bool else applied
+
+    def _constant(self, node: fx.Node) -> Any | None:
+        """A stored table of one number."""
+        weight = None if self.program is None else self.program.weights.get(str(node.target))
+        if weight is None or weight.is_meta or math.prod(weight.shape) != 1 or weight.dtype.is_complex:
+            return None
+        return _literal(weight.tensor().item())
 
     def _band(self, node: fx.Node) -> Any | None:
         """A stored mask [..., N, N] of zeros and ones: ones below the diagonal, perhaps only so far below it."""
@@ -138,6 +165,13 @@ class IndexFunctions:
         rows = [_zero_if_one(s, coordinate(i)) for i, s in enumerate(weight.shape[:-1])]
         slope, base = (sympy.Function(f"{kind}_{node.name}", real=True)(*rows) for kind in ("slope", "base"))
         return slope * coordinate(len(weight.shape) - 1) + base
+
+
+def _literal(value: Any) -> Any:
+    """A number or truth value; whole floats as integers, which sympy would not call equal."""
+    if isinstance(value, bool):
+        return sympy.true if value else sympy.false
+    return sympy.Integer(int(value)) if isinstance(value, float) and value.is_integer() else sympy.sympify(value)
 
 
 def _is_tensor(node: Any) -> bool:
@@ -246,6 +280,26 @@ def _divided(place: Any, sizes: Sequence[Any]) -> list[Any]:
         return [place]
     below = sympy.prod(sizes[1:])
     return [sympy.floor(place / below), *_divided(sympy.Mod(place, below), sizes[1:])]
+
+
+@_rule("cat", "concat")
+def _concatenate(f: IndexFunctions, node: fx.Node) -> Any:
+    """A choice by the coordinate along the axis; one function where a single first element only continues the rest."""
+    parts: Any = node.args[0]
+    rank = node.meta["val"].dim()
+    axis = _arg(node, 1, "dim", 0) % rank
+    x = coordinate(axis)
+    if len(parts) > 8 or node.meta["val"].dtype is torch.bool:
+        return None
+    values, offset = [], sympy.Integer(0)
+    for part in parts:
+        size = size_expr(part.meta["val"].shape[axis])
+        # Read with a free coordinate even along an axis of size 1.
+        values.append((number(f.read(part)).xreplace({x: x - offset}), offset + size))
+        offset = offset + size
+    if len(values) == 2 and values[0][1] == 1 and values[0][0] == values[1][0].xreplace({x: sympy.Integer(0)}):
+        return values[1][0]
+    return sympy.Piecewise(*((value, x < end) for value, end in values[:-1]), (values[-1][0], True))
 
 
 @_rule("repeat", "tile")

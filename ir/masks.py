@@ -17,7 +17,7 @@ from sympy.core.function import AppliedUndef
 from torch import fx
 
 from .flow import op_name
-from .index_functions import IndexFunctions, coordinate, is_condition
+from .index_functions import IndexFunctions, coordinate, is_condition, number
 
 HIDES = -1e4
 """Added numbers up to this hide a key: after the softmax nothing of it is left (some models write -10000)."""
@@ -61,7 +61,9 @@ class Mask:
         return ", ".join(words) or "no mask"
 
 
-def read_mask(functions: IndexFunctions, node: fx.Node, contents: Any = None, *, hides: bool = False) -> Mask:
+def read_mask(
+    functions: IndexFunctions, node: fx.Node, contents: Any = None, *, hides: bool = False, factor: float = 1.0
+) -> Mask:
     """Read a mask of shape [..., queries, keys].
 
     Args:
@@ -69,6 +71,7 @@ def read_mask(functions: IndexFunctions, node: fx.Node, contents: Any = None, *,
         node: the mask: boolean (True is seen) or added to the scores.
         contents: which nodes depend on the contents of an input (``Flow.data``); None: all unknown values do.
         hides: a boolean mask is True where a key is *not* seen.
+        factor: what an added mask is multiplied by.
     """
     rank = node.meta["val"].dim()
     if rank < 2:
@@ -78,8 +81,8 @@ def read_mask(functions: IndexFunctions, node: fx.Node, contents: Any = None, *,
     if any(isinstance(s, int) and s == 1 for s in shape[-1:]):
         reader.key = sympy.Symbol("no_key")
     if node.meta["val"].dtype is not torch.bool:
-        return reader.added(node)
-    condition = functions.read(node)
+        return reader.added(node, factor)
+    condition = functions.within(functions.read(node), node.meta["val"].shape)
     return reader.seen(sympy.Not(condition) if hides else condition)
 
 
@@ -87,18 +90,21 @@ class _Reader:
     def __init__(self, functions: IndexFunctions, query: Any, key: Any, rank: int, contents: Any) -> None:
         self.functions, self.query, self.key, self.rank, self.contents = functions, query, key, rank, contents
 
-    def added(self, node: fx.Node) -> Mask:
+    def added(self, node: fx.Node, factor: float) -> Mask:
         """A tensor added to the scores: a sum of choices between 0 and a very negative number, and of biases."""
         found = Mask(everything=True)
         for term in _terms(node):
-            found = _join(found, self._term(term, node))
+            found = _join(found, self._term(term, node, factor))
         return found
 
-    def _term(self, term: fx.Node, whole: fx.Node) -> Mask:
+    def _term(self, term: fx.Node, whole: fx.Node, factor: float) -> Mask:
         rank = whole.meta["val"].dim()
         lead = rank - term.meta["val"].dim()
         value = self.functions.read(term)
         value = value.xreplace({coordinate(i): coordinate(i + lead) for i in range(rank)})
+        value = self.functions.within(value, whole.meta["val"].shape)
+        if factor != 1.0:
+            value = sympy.piecewise_fold(sympy.expand(sympy.sympify(factor) * number(value)))
         if value == 0:
             return Mask(everything=True)
         condition = _hiding(value)

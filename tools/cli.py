@@ -285,7 +285,8 @@ def bench(
     check: Annotated[bool, typer.Option("--check", help="exit with 1 when a goal is missed")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="smaller sizes, fewer repeats, or a sample")] = False,
     only: Annotated[
-        str | None, typer.Option("--only", metavar="TEXT", help="only the cases whose name contains this (onnx-coverage)")
+        str | None,
+        typer.Option("--only", metavar="TEXT", help="only the cases whose name contains this (onnx-coverage)"),
     ] = None,
 ) -> None:
     """Measure: correctness first, then time and memory, against stated goals."""

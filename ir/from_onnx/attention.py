@@ -42,8 +42,7 @@ def attention(
     flat = query.dim() == 3
     if flat:
         query, key, value = (
-            split_heads(t, heads)
-            for t, heads in ((query, q_num_heads), (key, kv_num_heads), (value, kv_num_heads))
+            split_heads(t, heads) for t, heads in ((query, q_num_heads), (key, kv_num_heads), (value, kv_num_heads))
         )
     if past_key is not None and past_value is not None:
         key, value = torch.cat([past_key, key], 2), torch.cat([past_value, value], 2)

@@ -45,7 +45,9 @@ def loop(trips: Host | None, condition: Host | None, *state: Value, body: Body, 
     turn = 0
     while alive and (most is None or turn < most):
         _turns(turn, "the trip count of a Loop")
-        result = body(Host((turn,), torch.int64, is_scalar=True), Host((bool(alive),), torch.bool, is_scalar=True), *carried)
+        result = body(
+            Host((turn,), torch.int64, is_scalar=True), Host((bool(alive),), torch.bool, is_scalar=True), *carried
+        )
         again, carried, row = result[0], result[1 : 1 + len(state)], result[1 + len(state) :]
         rows.append(row)
         turn += 1

@@ -46,9 +46,7 @@ def batch_norm(
     shape = [1, -1] + [1] * (x.dim() - 2)
     normal = (wide - now.reshape(shape)) * torch.rsqrt(spread.reshape(shape) + epsilon)
     result = (normal * scale.reshape(shape) + bias.reshape(shape)).to(x.dtype)
-    running = (
-        (old * momentum + new * (1 - momentum)).to(old.dtype) for old, new in ((mean, now), (var, spread))
-    )
+    running = ((old * momentum + new * (1 - momentum)).to(old.dtype) for old, new in ((mean, now), (var, spread)))
     return (result, *running)[:n_used]
 
 

@@ -111,18 +111,31 @@ class _Raising:
         elif mask is not None:
             found.added.append(Added(mask, 1.0, False))
         causal = bool(argument(node, "is_causal"))
+        if self._is_tidy(found, query, key, value, causal, given):
+            return False
         with self.rewriter.before(node):
             result = self._operator(found, query, key, value, causal)
-        same = (result.target, _written(result)) == (node.target, _written(node))
-        if same:
-            self.rewriter.erase(result)
-            return False
         self.rewriter.replace(node, result)
         return True
 
+    def _is_tidy(self, found: Scores, query: Any, key: Any, value: Any, causal: bool, scale: float | None) -> bool:
+        """Whether an attention operator would come out as it is."""
+        if any(self._unscaled(x)[1] != 1.0 for x in (query, key)):
+            return False
+        if scale is not None and is_default_scale(scale, query.meta["val"].shape[-1]):
+            return False
+        heads = query.meta["val"].shape[-3]
+        repeats = [unrepeated(x, x.meta["val"].dim() - 3) for x in (key, value)]
+        if isinstance(heads, int) and None not in repeats and repeats[0].groups == repeats[1].groups:  # type: ignore[union-attr]
+            return False
+        added, hidden, now_causal = self._needed_masks(found, causal)
+        return (added, hidden, now_causal) == (found.added, found.hidden, causal)
+
     def _build(self, found: Scores) -> fx.Node:
         query, value = found.query, found.value
-        key = self._transposed(found.key_t)
+        key_t, by = self._unscaled(found.key_t)
+        key = self._transposed(key_t)
+        found.scale *= by
         if found.by is not None:
             query = self.rewriter.call(aten.mul.Tensor, query, found.by, like=query)
         if found.lead is not None:
@@ -180,7 +193,7 @@ class _Raising:
         """Masks without those that do nothing; and whether they only say 'causal'."""
         read: list[tuple[Added | Hidden, Mask]] = []
         for added in found.added:
-            read.append((added, read_mask(self.functions, added.tensor)))
+            read.append((added, read_mask(self.functions, added.tensor, factor=added.factor)))
         for hidden in found.hidden:
             read.append((hidden, read_mask(self.functions, hidden.condition, hides=not hidden.visible)))
         kept = [mask for mask, does in read if not does.everything]
@@ -262,7 +275,3 @@ class _Raising:
             if by is not None and by > 0:
                 return x.args[0], by if is_op(x, aten.mul) else 1 / by
         return x, 1.0
-
-
-def _written(node: fx.Node) -> Any:
-    return tuple(argument(node, a.name) for a in node.target._schema.arguments)  # type: ignore[union-attr]

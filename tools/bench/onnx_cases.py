@@ -115,7 +115,9 @@ def same(actual: np.ndarray, expected: np.ndarray, case: Case) -> str | None:
     if np.allclose(actual, expected, rtol=rtol, atol=case.atol, equal_nan=True):
         return None
     with np.errstate(invalid="ignore", over="ignore"):
-        return f"numbers differ by up to {np.nanmax(np.abs(actual.astype(np.float64) - expected.astype(np.float64))):.3g}"
+        return (
+            f"numbers differ by up to {np.nanmax(np.abs(actual.astype(np.float64) - expected.astype(np.float64))):.3g}"
+        )
 
 
 @cache
