@@ -128,9 +128,11 @@ class IndexFunctions:
     def _constant(self, node: fx.Node) -> Any | None:
         """A stored table of one number."""
         weight = None if self.program is None else self.program.weights.get(str(node.target))
-        if weight is None or weight.is_meta or math.prod(weight.shape) != 1 or weight.dtype.is_complex:
+        size = 0 if weight is None else math.prod(weight.shape)
+        if weight is None or weight.is_meta or not 0 < size <= _LARGEST_BAND**2 or weight.dtype.is_complex:
             return None
-        return _literal(weight.tensor().item())
+        values = weight.tensor().flatten()
+        return _literal(values[0].item()) if size == 1 or bool((values == values[0]).all()) else None
 
     def _band(self, node: fx.Node) -> Any | None:
         """A stored mask [..., N, N] of zeros and ones: ones below the diagonal, perhaps only so far below it."""

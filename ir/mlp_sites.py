@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
 from .attention_sites import Missing
-from .flow import Flow, is_pointwise, is_view, op_name
+from .flow import Flow, is_pointwise, is_view, op_name, tensor_of
 from .projections import Projection, linear_map, projection_of
 
 EXPERTS = "graphlathe.expert_linear"
@@ -81,8 +82,8 @@ class MlpSite:
         )
 
 
-def find_mlp(flow: Flow, start: fx.Node, output: fx.Node, nodes: Sequence[fx.Node]) -> MlpSite | Missing:
-    """Read one position-wise branch.
+def find_mlp(flow: Flow, start: fx.Node, output: fx.Node, nodes: Sequence[fx.Node]) -> list[MlpSite | Missing]:
+    """Read one position-wise branch: one MLP, or a mixture of experts and the expert that all tokens share.
 
     Args:
         flow: the graph's data flow.
@@ -94,33 +95,48 @@ def find_mlp(flow: Flow, start: fx.Node, output: fx.Node, nodes: Sequence[fx.Nod
     maps = [m for m in map(linear_map, nodes) if m is not None and flow.data.get(m.node)]
     experts = _experts(flow, [n for n in nodes if op_name(n) == EXPERTS])
     if experts is None and any("grouped_mm" in op_name(n) or op_name(n) == "topk" for n in nodes):
-        return Missing("mlp", output, "experts are chosen, but not by an operator of ours: run the pass 'raise'")
+        return [Missing("mlp", output, "experts are chosen, but not by an operator of ours: run the pass 'raise'")]
     router = experts.router.node if experts is not None and experts.router is not None else None
     maps = [m for m in maps if m.node is not router]
     downs = _ends(flow, output, inside)
     down = next((m for m in downs if m.node is not router), None)
     ups = [m for m in maps if down is not None and m.node is not down.node]
     if down is None and experts is None:
-        return Missing("mlp", output, "no linear map ends it" if maps else "it has no linear map with a known weight")
+        reason = "no linear map ends it" if maps else "it has no linear map with a known weight"
+        return [Missing("mlp", output, reason)]
     if experts is None and not ups:
-        return Missing("mlp", output, "one linear map only, no hidden width")
-    gated, activation, parts = _middle(flow, nodes, router)
+        return [Missing("mlp", output, "one linear map only, no hidden width")]
     if experts is None:
         assert down is not None
-        if not gated:
-            ups = [m for m in ups if m.out_features == down.in_features] or ups
-            parts = ups[-1:]
-        width = down.in_features
-        why = f"linear maps {', '.join(str(m) for m in (*parts, down))}"
-        return MlpSite(start, output, width, tuple(parts), down, activation, gated, None, why)
+        return [_dense(flow, start, output, nodes, ups, down, None)]
+    gated, activation, _ = _middle(flow, nodes, router)
     width = int(experts.down.args[1].meta["val"].shape[1])  # type: ignore[union-attr]
     why = f"{len(experts.gate_up) + 1} expert maps"
-    shared = [m for m in maps if m.out_features != 1]
-    if len(shared) >= 2:
-        why += f", shared expert {', '.join(str(m) for m in shared)}"
-    ends = down if down is not None and len(shared) >= 2 else None
-    inner = tuple(m for m in shared if ends is not None and m.node is not ends.node)
-    return MlpSite(start, output, width, inner, ends, activation, gated or _halved(experts), experts, why)
+    found: list[MlpSite | Missing] = [
+        MlpSite(start, output, width, (), None, activation, gated or _halved(experts), experts, why)
+    ]
+    ups = [m for m in ups if m.out_features != 1]  # a gate of the whole shared expert
+    if down is not None and ups:
+        shared = [n for n in nodes if op_name(n) != EXPERTS]
+        found.append(_dense(flow, start, output, shared, ups, down, router))
+    return found
+
+
+def _dense(
+    flow: Flow,
+    start: fx.Node,
+    output: fx.Node,
+    nodes: Sequence[fx.Node],
+    ups: list[Projection],
+    down: Projection,
+    router: fx.Node | None,
+) -> MlpSite:
+    gated, activation, parts = _middle(flow, nodes, router)
+    if not gated:
+        ups = [m for m in ups if m.out_features == down.in_features] or ups
+        parts = ups[-1:]
+    why = f"linear maps {', '.join(str(m) for m in (*parts, down))}"
+    return MlpSite(start, output, down.in_features, tuple(parts), down, activation, gated, None, why)
 
 
 def _experts(flow: Flow, nodes: Sequence[fx.Node]) -> Experts | None:
@@ -130,13 +146,32 @@ def _experts(flow: Flow, nodes: Sequence[fx.Node]) -> Experts | None:
     down = nodes[-1]
     shape = down.args[1].meta["val"].shape  # type: ignore[union-attr]
     chosen: Any = down.args[2]
-    topk = _back(flow, chosen, ("topk", "argmax", "max"))
+    topk = _back(flow, chosen, _chooses)
     router = None if topk is None else projection_of(flow, topk.args[0])  # type: ignore[arg-type]
     if router is None and topk is not None:
-        found = _back(flow, topk, ("linear", "addmm", "matmul"))
+        found = _back(flow, topk, lambda n: op_name(n) in ("linear", "addmm", "matmul"))
         router = linear_map(found) if found is not None else None
-    picked = topk.args[1] if topk is not None and op_name(topk) == "topk" else chosen.meta["val"].shape[-1]
-    return Experts(int(shape[0]), int(picked), router, tuple(nodes[:-1]), down)  # type: ignore[call-overload]
+    picked = chosen.meta["val"].shape[-1] if topk is None else _how_many(topk)
+    return Experts(int(shape[0]), int(picked), router, tuple(nodes[:-1]), down)
+
+
+def _chooses(node: fx.Node) -> bool:
+    """Whether an operator picks the largest numbers; a sort of indices only groups the rows of each expert."""
+    name = op_name(node)
+    value = tensor_of(node.args[0]) if name == "sort" and isinstance(node.args[0], fx.Node) else None
+    return name in ("topk", "argmax", "max") or (value is not None and value.dtype.is_floating_point)
+
+
+def _how_many(choice: fx.Node) -> int:
+    """How many are picked: what a top-k says, or how much is kept of a sort."""
+    if op_name(choice) == "topk":
+        return int(choice.args[1])  # type: ignore[arg-type]
+    if op_name(choice) != "sort":
+        return 1
+    parts = [u for u in choice.users if u.target is operator.getitem]
+    kept = [tensor_of(u) for part in parts for u in part.users if op_name(u) == "slice"]
+    widths = [t.shape[-1] for t in (*kept, *map(tensor_of, parts)) if t is not None]
+    return min(w for w in widths if isinstance(w, int))
 
 
 def _halved(experts: Experts) -> bool:
@@ -146,16 +181,16 @@ def _halved(experts: Experts) -> bool:
     return any(u[-1] == 2 * down[1] for u in ups) or len(ups) == 2
 
 
-def _back(flow: Flow, node: fx.Node, names: Iterable[str]) -> fx.Node | None:
-    """The nearest operator of one of these names that a value is computed from."""
-    wanted, seen = set(names), {node}
+def _back(flow: Flow, node: fx.Node, wanted: Callable[[fx.Node], bool]) -> fx.Node | None:
+    """The nearest operator of a kind that a value is computed from."""
+    seen = {node}
     layer = [node]
     for _ in range(_DEPTH):
         below: list[fx.Node] = []
         for current in layer:
             for operand in current.all_input_nodes:
                 if operand.op == "call_function" and operand not in seen:
-                    if op_name(operand) in wanted:
+                    if wanted(operand):
                         return operand
                     seen.add(operand)
                     below.append(operand)

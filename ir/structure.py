@@ -220,7 +220,9 @@ def structure(program: Program, entry: str = "main") -> Structure:
     crossing = [node for branch in branches if branch.cross for node in branch.nodes]
     found: list[AttentionSite | MlpSite | Missing] = []
     found += find_attention(flow, IndexFunctions(program), crossing)
-    found += [find_mlp(flow, b.start, b.output, b.nodes) for b in branches if b.kind == "mlp"]
+    for branch in branches:
+        if branch.kind == "mlp":
+            found += find_mlp(flow, branch.start, branch.output, branch.nodes)
     embeddings = tuple(find_embeddings(flow))
     return Structure(
         streams=tuple(streams),

@@ -32,25 +32,13 @@ def _to_onnx(
     indices: onnx_ir.Value,
     bias: onnx_ir.Value | None = None,
 ) -> Any:
-    """For each expert: pick its rows, multiply, put the results back."""
-    op, dtype = t.recorder.op, x.dtype
-    assert dtype is not None
-    experts, _, width = (int(s) for s in node.args[1].meta["val"].shape)  # type: ignore[union-attr]
-    integer = t.vector([0]).dtype
-    assert integer is not None
-    if indices.dtype != integer:
-        indices = op("Cast", indices, to=int(integer))
-    rows = op("Expand", x, op("Concat", op("Shape", indices), t.vector([1]), axis=0))
-    size = op("Concat", op("Shape", indices), t.vector([width]), axis=0)
-    result = op("Expand", t.recorder.constant([0.0], dtype), size)
-    for expert in range(experts):
-        number = t.recorder.constant(expert, integer)
-        chosen = op("Transpose", op("NonZero", op("Equal", indices, number)), perm=[1, 0])
-        product = op("MatMul", op("GatherND", rows, chosen), op("Gather", weight, number, axis=0))
-        if bias is not None:
-            product = op("Add", product, op("Gather", bias, number, axis=0))
-        result = op("ScatterND", result, chosen, product)
-    return result
+    """A function that the file carries: for each expert, pick its rows, multiply, put the results back."""
+    from ..ir.to_onnx import local_functions
+
+    assert x.dtype is not None
+    if bias is None:
+        return local_functions.call(t.recorder, "ExpertLinear", x, weight, indices, dtype=x.dtype)
+    return local_functions.call(t.recorder, "BiasedExpertLinear", x, weight, indices, bias, dtype=x.dtype)
 
 
 @operator(

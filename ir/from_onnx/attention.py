@@ -140,7 +140,8 @@ def _spelled_out(
     precision: int | None,
 ) -> tuple[Tensor, Tensor]:
     """The result, and the scores as they are before the cap (mode 0), after it (1), with the mask (2), or as weights
-    (3)."""
+    (3).
+    """
     groups = query.shape[1] // key.shape[1]
     if groups != 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._sympy.functions import Mod, PythonMod
 
 from .registry import host_operator
 from .values import MAX_HOST_ELEMENTS, NUMPY, SYMBOLIC, Host, Number, outside_the_trace
@@ -56,10 +57,23 @@ def _elementwise(function: Callable[..., Number], *hosts: Host, dtype: torch.dty
     return Host(_rounded(items, dtype), dtype, is_scalar=not shape, dims=dims)
 
 
+def _with_remainder(a: Number, b: Number) -> Number:
+    """``x`` where ``a`` is ``x - x % b``: exporters spell a floor division so, and sizes must compare equal to it."""
+    if not isinstance(a, torch.SymInt):
+        return a
+    node = a.node
+    for remainder in node.expr.atoms(Mod, PythonMod):
+        whole, by = remainder.args
+        if by == (b.node.expr if isinstance(b, SYMBOLIC) else b) and node.expr + remainder == whole:
+            hint = whole.xreplace(node.shape_env.backed_var_to_val)
+            return node.shape_env.create_symintnode(whole, hint=int(hint) if hint.is_Integer else None)
+    return a
+
+
 def _truncated_division(a: Number, b: Number) -> Number:
     """ONNX divides integers toward zero; symbolic sizes are never negative, where floor and truncation agree."""
     if isinstance(a, SYMBOLIC) or isinstance(b, SYMBOLIC):
-        return a // b  # type: ignore[operator]
+        return _with_remainder(a, b) // b  # type: ignore[operator]
     if isinstance(a, float):
         return a / b
     return abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)

@@ -102,7 +102,8 @@ def conv_transpose(
     strides: Sequence[int] | None = None,
 ) -> Tensor:
     """Padding cuts off the full result: as the file says, or so that the output is the input times the stride, or
-    ``output_shape``; of an odd number, the end gets more unless ``SAME_UPPER`` says otherwise."""
+    ``output_shape``; of an odd number, the end gets more unless ``SAME_UPPER`` says otherwise.
+    """
     spatial = x.dim() - 2
     strides, dilations = list(strides or [1] * spatial), list(dilations or [1] * spatial)
     extra = list(output_padding or [0] * spatial)

@@ -17,6 +17,7 @@ import torch
 
 from ..errors import ImportModelError, suggest
 from ..weights import Weight
+from .registry import fill, find
 from .wire import read_without_weights
 
 DTYPES: dict[int, torch.dtype] = {
@@ -98,7 +99,9 @@ def read_model(path: Path) -> OnnxModel:
     if proto.functions:
         import onnx.inliner
 
-        proto = onnx.inliner.inline_local_functions(proto)
+        fill()
+        known = [(f.domain, f.name) for f in proto.functions if find(f.domain, f.name, 1) is not None]
+        proto = onnx.inliner.inline_selected_functions(proto, known, exclude=True)
     opset = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), 0)
     if not 1 <= opset <= onnx.defs.onnx_opset_version():
         raise ImportModelError(

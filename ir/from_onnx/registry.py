@@ -30,6 +30,7 @@ MODULES = (
     "indexing",
     "layers",
     "normalization",
+    "own",
     "pooling",
     "reduce",
     "resize",

@@ -20,6 +20,7 @@ from ..assumptions import assumptions
 from ..dims import Guard
 from ..errors import ExportError
 from ..program import ORIGIN, Entry, Program
+from . import local_functions
 from .fallback import stock_model
 from .initializers import WeightTensor
 from .translate import NoTranslation, Translator
@@ -209,7 +210,9 @@ def check_graph(model: ir.Model) -> None:
 
 
 def _model(translator: Translator, opset: int) -> ir.Model:
-    """Translate, and finish: no functions, no unused nodes, and every operator in its form of this opset."""
+    """Translate, and finish: no functions but our own operators, no unused nodes, every operator in its form of this
+    opset.
+    """
     graph = translator.translate()
     graph.opset_imports[""] = TRANSLATION_OPSET
     translated: list[Any] = list(translator.recorder.functions.values())
@@ -223,6 +226,10 @@ def _model(translator: Translator, opset: int) -> ir.Model:
         version_converter.convert_version(model, opset)
     graph.opset_imports[""] = opset
     _remove_unused(graph)
+    for name in sorted(translator.recorder.called & {node.op_type for node in graph}):
+        function = local_functions.function_of(name, opset)
+        model.functions[function.identifier()] = function
+        graph.opset_imports[local_functions.DOMAIN] = 1
     return model
 
 

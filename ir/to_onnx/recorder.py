@@ -76,11 +76,13 @@ class Recorder(_building.OpRecorder):
     Attributes:
         nodes: what was recorded since the caller last emptied it.
         known: recorded size operators by their operands, so that each is recorded once.
+        called: which functions of ours (`local_functions`) the graph calls.
     """
 
     def __init__(self, opset_version: int) -> None:
         super().__init__(values.Opset("", opset_version), {})
         self.known: dict[Any, _tensors.SymbolicTensor] = {}
+        self.called: set[str] = set()
         self._kept: list[Any] = []  # operands in `known`, which is keyed by identity, must stay alive
 
     def run(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

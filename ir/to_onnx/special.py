@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from ...kernels import OPERATORS
+from . import local_functions
 
 if TYPE_CHECKING:
     from .translate import Translator
@@ -199,21 +200,21 @@ def all_or_any(t: Translator, node: fx.Node, x: ir.Value) -> Any:
 
 
 def grouped_mm(t: Translator, node: fx.Node, x: ir.Value, weight: ir.Value, ends: ir.Value) -> Any:
-    """Rows of ``x`` (sorted by expert) times their expert's matrix: a slice and a product for each expert.
+    """Rows of ``x`` (sorted by expert) times their expert's matrix: as `kernels.expert_linear`.
 
-    ``x`` is [rows, K], ``weight`` [experts, K, N], ``ends`` [experts]: where each expert's rows end.
+    ``x`` is [rows, K], ``weight`` [experts, K, N], ``ends`` [experts]: where each expert's rows end. A row's expert is
+    the number of experts whose rows end before it.
     """
-    op = t.recorder.op
-    count = int(node.args[1].meta["val"].shape[0])  # type: ignore[union-attr]
-    ends = op("Cast", ends, to=int(ir.DataType.INT64))
-    zero = t.recorder.constant([0], ir.DataType.INT64)
-    ones = t.vector([1] * count)
-    stops = t.split(ends, ones, 0, count) if count > 1 else [ends]
-    parts = []
-    for expert, (start, stop) in enumerate(zip([zero, *stops], stops, strict=False)):
-        rows = op("Slice", x, start, stop, zero)
-        parts.append(op("MatMul", rows, op("Gather", weight, t.recorder.constant(expert, ir.DataType.INT64), axis=0)))
-    return op("Concat", *parts, axis=0) if count > 1 else parts[0]
+    op, integer = t.recorder.op, ir.DataType.INT64
+    zero, one = t.recorder.constant(0, integer), t.recorder.constant(1, integer)
+    last = t.recorder.constant([-1], integer)
+    rows = op("Unsqueeze", op("Range", zero, op("Squeeze", op("Shape", x, start=0, end=1)), one), last)
+    passed = op("Cast", op("GreaterOrEqual", rows, op("Cast", ends, to=int(integer))), to=int(integer))
+    experts = op("ReduceSum", passed, last, keepdims=1)
+    middle = t.recorder.constant([1], integer)
+    assert x.dtype is not None
+    found = local_functions.call(t.recorder, "ExpertLinear", op("Unsqueeze", x, middle), weight, experts, dtype=x.dtype)
+    return op("Squeeze", found, middle)
 
 
 def by_name(target: Any) -> Special | None:

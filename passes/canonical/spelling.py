@@ -15,7 +15,7 @@ Every rule here is exact for all inputs, so that rules of other passes, exporter
 | ``chunk``, ``split`` of a fixed size | ``split_with_sizes`` |
 | ``flatten``, ``unflatten``, ``reshape_as`` | ``reshape`` |
 | ``pad`` with a constant | ``constant_pad_nd`` |
-| ``slice_scatter`` of all slices, side by side | ``cat`` |
+| ``slice_scatter`` or ``index_put`` of all slices, side by side | ``cat`` |
 | first result of ``_native_batch_norm_legit_no_training`` | ``batch_norm`` |
 """
 
@@ -31,6 +31,7 @@ from torch import fx
 from ...ir.rewrite import Rewriter, is_op
 from .arguments import argument, given
 from .layout import stride_sensitive
+from .scattered import side_by_side
 from .sizes import same_size
 
 aten = torch.ops.aten
@@ -107,24 +108,6 @@ def _clamp_min(rewriter: Rewriter, node: fx.Node) -> fx.Node | None:
 
 def _clamp_max(rewriter: Rewriter, node: fx.Node) -> fx.Node | None:
     return _new(rewriter, node, aten.clamp.default, node.args[0], None, argument(node, "max"))
-
-
-def _side_by_side(rewriter: Rewriter, node: fx.Node) -> fx.Node | None:
-    """Slices written one after the other until nothing of what was there before is left."""
-    axis = argument(node, "dim") % node.meta["val"].dim()
-    size = node.meta["val"].shape[axis]
-    pieces: list[Any] = []
-    end, current = size, node
-    while isinstance(end, int) and end > 0 and is_op(current, aten.slice_scatter):
-        start, stop = argument(current, "start") or 0, argument(current, "end")
-        stop = size if stop is None or (isinstance(stop, int) and stop > size) else stop
-        if argument(current, "step") != 1 or argument(current, "dim") % node.meta["val"].dim() != axis or stop != end:
-            return None
-        if not isinstance(start, int) or start < 0 or (current is not node and len(current.users) != 1):
-            return None
-        pieces.append(current.args[1])
-        end, current = start, current.args[0]  # type: ignore[assignment]
-    return _new(rewriter, node, aten.cat.default, pieces[::-1], axis) if end == 0 and len(pieces) > 1 else None
 
 
 def _filled(value: float | None) -> Rule:
@@ -253,7 +236,8 @@ _BY_OVERLOAD: dict[Any, Rule] = {
     aten.split.Tensor: _split,
     aten.chunk.default: _split,
     aten.pad.default: _pad,
-    aten.slice_scatter.default: _side_by_side,
+    aten.slice_scatter.default: side_by_side,
+    aten.index_put.default: side_by_side,
     aten.__and__.Tensor: _logic(aten.logical_and.default, aten.bitwise_and.Tensor),
     aten.__or__.Tensor: _logic(aten.logical_or.default, aten.bitwise_or.Tensor),
     aten.__xor__.Tensor: _logic(aten.logical_xor.default, aten.bitwise_xor.Tensor),
