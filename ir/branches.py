@@ -75,7 +75,7 @@ def classify(flow: Flow, start: fx.Node, nodes: Sequence[fx.Node], channel: int 
         return Verdict("mixer", "a convolution over the sequence and a recurrence")
     linear = [n for n in nodes if op_name(n) in _LINEAR] + [n for n in convolutions if _is_pointwise_kernel(n)]
     if spatial:
-        if _is_mix_ffn(nodes, spatial):
+        if _is_mix_ffn(flow, nodes, spatial):
             return Verdict("mlp", f"{len(linear)} linear maps with a depthwise convolution between")
         return Verdict("conv", f"{len(convolutions)} convolutions")
     mixing = _mixing(flow, nodes, products)
@@ -165,10 +165,14 @@ def is_depthwise(node: fx.Node) -> bool:
     return len(shape) > 2 and shape[1] == 1 and shape[0] > 1
 
 
-def _is_mix_ffn(nodes: Sequence[fx.Node], spatial: Collection[fx.Node]) -> bool:
+def _is_mix_ffn(flow: Flow, nodes: Sequence[fx.Node], spatial: Collection[fx.Node]) -> bool:
     """Linear maps with 2-D depthwise convolutions strictly between them (SegFormer's feed-forward part)."""
-    order = [node for node in nodes if op_name(node) == "linear" or node in spatial]
-    ends_linear = op_name(order[0]) == "linear" == op_name(order[-1])
+
+    def linear(node: fx.Node) -> bool:
+        return op_name(node) in ("linear", *PRODUCTS) and not _is_product(flow, node)
+
+    order = [node for node in nodes if node in spatial or linear(node)]
+    ends_linear = linear(order[0]) and linear(order[-1])
     return ends_linear and all(is_depthwise(node) and _rank(node) == 2 for node in spatial)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
 from .attention_sites import Missing
+from .branches import classify
 from .flow import Flow, is_pointwise, is_view, op_name, tensor_of
 from .projections import Projection, linear_map, projection_of
 
@@ -20,6 +21,7 @@ _ACTIVATIONS = {
     "relu6", "selu", "celu", "prelu",
 }  # fmt: skip
 _DEPTH = 40
+_LARGEST_BRANCH = 60
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,6 +122,39 @@ def find_mlp(flow: Flow, start: fx.Node, output: fx.Node, nodes: Sequence[fx.Nod
         shared = [n for n in nodes if op_name(n) != EXPERTS]
         found.append(_dense(flow, start, output, shared, ups, down, router))
     return found
+
+
+def find_inner_mlps(flow: Flow, known: Collection[fx.Node]) -> list[MlpSite]:
+    """MLPs of residual branches that belong to no stream of blocks: within another branch, or in a pooling head.
+
+    Args:
+        flow: the graph's data flow.
+        known: the additions that end the streams' own branches.
+    """
+    found: list[MlpSite] = []
+    for add in flow.nodes:
+        operands = [a for a in add.all_input_nodes if flow.is_float(a)]
+        if op_name(add) != "add" or add in known or len(operands) != 2:
+            continue
+        for output, start in (operands, operands[::-1]):
+            nodes = _between(flow, start, output)
+            if nodes and classify(flow, start, nodes).kind == "mlp":
+                found += [site for site in find_mlp(flow, start, output, nodes) if isinstance(site, MlpSite)]
+    return found
+
+
+def _between(flow: Flow, start: fx.Node, output: fx.Node) -> list[fx.Node]:
+    """The operators that compute one value from another one and weights only; none if there are more than a branch has."""
+    seen, stack = {output}, [output]
+    while stack:
+        for operand in stack.pop().all_input_nodes:
+            if operand is start or operand in seen or not flow.data.get(operand):
+                continue
+            if operand.op == "placeholder" or len(seen) > _LARGEST_BRANCH:
+                return []
+            seen.add(operand)
+            stack.append(operand)
+    return sorted(seen, key=flow.position.__getitem__) if flow.depends(output, start) else []
 
 
 def _dense(

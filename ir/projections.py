@@ -148,7 +148,9 @@ def projection_of(flow: Flow, node: fx.Node) -> Projection | None:
         elif name in _NORMS or name in _THROUGH or is_view(current):
             current = current.args[0]
         elif is_pointwise(current):
-            operands = [a for a in current.all_input_nodes if flow.data.get(a)]
+            computed = [a for a in current.all_input_nodes if a.op == "call_function"]
+            # A query may be learned: then none of its operands depends on an input.
+            operands = [a for a in computed if flow.data.get(a)] or computed
             current = max(operands, key=_size, default=None)
         else:
             return None

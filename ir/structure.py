@@ -44,7 +44,7 @@ from .layer_sites import (
     find_linear,
     find_stages,
 )
-from .mlp_sites import MlpSite, find_mlp
+from .mlp_sites import MlpSite, find_inner_mlps, find_mlp
 from .program import Program, check_program
 from .projections import Projection
 from .residual import Candidate, Unit, find_units
@@ -223,6 +223,7 @@ def structure(program: Program, entry: str = "main") -> Structure:
     for branch in branches:
         if branch.kind == "mlp":
             found += find_mlp(flow, branch.start, branch.output, branch.nodes)
+    found += find_inner_mlps(flow, {branch.add for branch in branches})
     embeddings = tuple(find_embeddings(flow))
     return Structure(
         streams=tuple(streams),

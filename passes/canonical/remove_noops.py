@@ -8,7 +8,7 @@
 
 What counts as nothing: copies and aliases, casts to the type that a value has (and there and back through a wider one),
 dropout at inference, views to the same shape, permutations that cancel, whole slices, padding by zero, concatenation of
-one part, multiplication by one, ``and true``. Permutations of two dimensions are written ``transpose``; ``view`` and
+one part, an axis added and taken away, multiplication by one, ``and true``. Permutations of two dimensions are written ``transpose``; ``view`` and
 ``_unsafe_view`` become ``reshape``, which asks nothing of strides. Then copies made only for the sake of strides can
 go, except before operators that do look at strides.
 
@@ -268,6 +268,14 @@ def _getitem(rewriter: Rewriter, node: fx.Node) -> Replacement:
     return whole if same_type(whole.meta["val"], node.meta["val"]) else None
 
 
+def _taken(rewriter: Rewriter, node: fx.Node) -> Replacement:
+    """An axis of size one, taken away where it was added."""
+    added, rank = node.args[0], node.meta["val"].dim() + 1
+    if not is_op(added, aten.unsqueeze) or len(node.args) < 2 or not isinstance(node.args[1], int):
+        return None
+    return added.args[0] if node.args[1] % rank == added.args[1] % rank else None  # type: ignore[union-attr,operator,return-value]
+
+
 def _copy_into(rewriter: Rewriter, node: fx.Node) -> Replacement:
     """``copy(dst, src)`` and ``slice_scatter(dst, src)``: all of ``dst`` is overwritten where the types are equal."""
     source = argument(node, "src")
@@ -339,6 +347,7 @@ def _table() -> dict[Any, Handler]:
     table |= dict.fromkeys(PERMUTES, _permute)
     table |= dict.fromkeys((aten.mul, aten.div, aten.pow), _times_one)
     table |= dict.fromkeys((aten.copy, aten.slice_scatter), _copy_into)
+    table |= {aten.select: _taken, aten.squeeze: _taken}
     logic = (
         aten.logical_and,
         aten.bitwise_and,

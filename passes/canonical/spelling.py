@@ -14,6 +14,7 @@ Every rule here is exact for all inputs, so that rules of other passes, exporter
 | ``ones``, ``zeros``, ``new_*``, ``*_like`` of a fixed shape | ``full`` |
 | ``chunk``, ``split`` of a fixed size | ``split_with_sizes`` |
 | ``flatten``, ``unflatten``, ``reshape_as`` | ``reshape`` |
+| ``squeeze`` of a list of one axis | of that axis |
 | ``pad`` with a constant | ``constant_pad_nd`` |
 | ``slice_scatter`` or ``index_put`` of all slices, side by side | ``cat`` |
 | first result of ``_native_batch_norm_legit_no_training`` | ``batch_norm`` |
@@ -108,6 +109,11 @@ def _clamp_min(rewriter: Rewriter, node: fx.Node) -> fx.Node | None:
 
 def _clamp_max(rewriter: Rewriter, node: fx.Node) -> fx.Node | None:
     return _new(rewriter, node, aten.clamp.default, node.args[0], None, argument(node, "max"))
+
+
+def _squeeze_dims(rewriter: Rewriter, node: fx.Node) -> fx.Node | None:
+    dims: Any = node.args[1]
+    return _new(rewriter, node, aten.squeeze.dim, node.args[0], dims[0]) if len(dims) == 1 else None
 
 
 def _filled(value: float | None) -> Rule:
@@ -236,6 +242,7 @@ _BY_OVERLOAD: dict[Any, Rule] = {
     aten.split.Tensor: _split,
     aten.chunk.default: _split,
     aten.pad.default: _pad,
+    aten.squeeze.dims: _squeeze_dims,
     aten.slice_scatter.default: side_by_side,
     aten.index_put.default: side_by_side,
     aten.__and__.Tensor: _logic(aten.logical_and.default, aten.bitwise_and.Tensor),
