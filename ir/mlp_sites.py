@@ -129,17 +129,20 @@ def find_inner_mlps(flow: Flow, known: Collection[fx.Node]) -> list[MlpSite]:
 
     Args:
         flow: the graph's data flow.
-        known: the additions that end the streams' own branches.
+        known: the linear maps that end MLPs which are known already.
     """
     found: list[MlpSite] = []
+    known = set(known)
     for add in flow.nodes:
         operands = [a for a in add.all_input_nodes if flow.is_float(a)]
-        if op_name(add) != "add" or add in known or len(operands) != 2:
+        if op_name(add) != "add" or len(operands) != 2:
             continue
         for output, start in (operands, operands[::-1]):
             nodes = _between(flow, start, output)
             if nodes and classify(flow, start, nodes).kind == "mlp":
-                found += [site for site in find_mlp(flow, start, output, nodes) if isinstance(site, MlpSite)]
+                sites = [s for s in find_mlp(flow, start, output, nodes) if isinstance(s, MlpSite)]
+                found += [s for s in sites if s.down is not None and s.down.node not in known]
+                known |= {s.down.node for s in sites if s.down is not None}
     return found
 
 

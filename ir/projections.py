@@ -142,7 +142,7 @@ def projection_of(flow: Flow, node: fx.Node) -> Projection | None:
             current = current.args[0]
         elif name == "index" and flow.data.get(current.args[0]) and not any(map(flow.data.get, current.args[1])):  # type: ignore[arg-type]
             piece, current = _SOME_OF_EACH_HEAD, current.args[0]
-        elif name in ("cat", "concat"):
+        elif name in ("cat", "concat", "stack"):
             parts = [a for a in current.args[0] if isinstance(a, fx.Node) and flow.data.get(a)]  # type: ignore[union-attr]
             current = max(parts, key=_width, default=None)
         elif name in _NORMS or name in _THROUGH or is_view(current):

@@ -223,7 +223,8 @@ def structure(program: Program, entry: str = "main") -> Structure:
     for branch in branches:
         if branch.kind == "mlp":
             found += find_mlp(flow, branch.start, branch.output, branch.nodes)
-    found += find_inner_mlps(flow, {branch.add for branch in branches})
+    known = {s.down.node for s in found if isinstance(s, MlpSite) and s.down is not None}
+    found += find_inner_mlps(flow, known)
     embeddings = tuple(find_embeddings(flow))
     return Structure(
         streams=tuple(streams),
