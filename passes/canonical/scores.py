@@ -228,9 +228,9 @@ class _Reader:
         args: Any = node.args
         if is_op(node, aten.mul, aten.div):
             scaled = self._scaled(node)
-            if scaled is None and is_op(node, aten.mul) and _is_per_head(args[1]):
-                return self._leads(args[0], depth - 1)
-            return scaled is not None and self._leads(scaled[0], depth - 1)
+            if scaled is not None:
+                return self._leads(scaled[0], depth - 1)
+            return is_op(node, aten.mul) and any(self._leads(a, depth - 1) for a in args[:2])
         if is_op(node, aten.add, aten.sub):
             return any(self._leads(a, depth - 1) for a in args[:2])
         if is_op(node, aten.where):

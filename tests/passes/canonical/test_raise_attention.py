@@ -224,6 +224,16 @@ def test_a_query_whose_keys_are_all_hidden_keeps_its_mean() -> None:
     torch.testing.assert_close(after(q, k, v, seen)[0, :, 2], v[0].mean(1))
 
 
+def test_a_mask_that_multiplies_is_found_below_another_mask() -> None:
+    def both(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        seen = causal(q).float()
+        scores = q @ k.transpose(-1, -2) / math.sqrt(WIDTH) * seen - 1e4 * (1 - seen)
+        return (scores + k[:, :1, None, :, 0] * 0.1).softmax(-1) @ v
+
+    _, after, _ = raised(both)
+    assert "attn_mask" in operator(after).kwargs
+
+
 def refused(spelling: Spelling) -> str:
     before, after, stats = raised(spelling)
     assert after.to_text() == before.to_text()
