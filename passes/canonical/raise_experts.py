@@ -165,6 +165,8 @@ class _Unsorted:
                 continue
             reached.add(node)
             stack.extend(node.users)
+        if not any(map(self._is_back, reached)):
+            raise _NotSorted("the rows are not put back in the order of the tokens by an index")
         for node in sorted(reached, key=position.__getitem__):
             with self.rewriter.before(node):
                 if self._is_back(node):
@@ -178,8 +180,6 @@ class _Unsorted:
                     new = self._translated(node)
                     if new is not None:
                         self.made[node] = new
-        if not backs:
-            raise _NotSorted("the rows are not put back in the order of the tokens by an index")
         for node in backs:
             self.rewriter.replace(node, self.made[node])
 
