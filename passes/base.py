@@ -159,6 +159,8 @@ class Pass:
     needs: ClassVar[frozenset[Prop]] = frozenset()
     breaks: ClassVar[frozenset[Prop]] = frozenset({Prop.CANONICAL})
     paper: ClassVar[str] = ""
+    parts: ClassVar[tuple[str, ...]] = ()
+    """Names of passes that it runs in turn; it reports their misses as ``<name>: <reason>``."""
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))

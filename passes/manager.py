@@ -238,7 +238,7 @@ class _Run:
 def _fill(row: Row, stats: Stats, nodes: int, size: Size) -> None:
     row.nodes_after, row.after = nodes, size
     row.hits, row.attempts, row.misses = stats.hits, stats.attempts, stats.misses
-    row.plan, row.notes = stats.plan, stats.notes
+    row.missed, row.plan, row.notes = stats.missed, stats.plan, stats.notes
 
 
 def _join(*parts: str) -> str:

@@ -51,7 +51,7 @@ class Row:
         check_seconds: time in verification, differential run and drift.
         nodes_before, nodes_after: operators, over all graphs.
         mutations: changes that the rewriter counted.
-        hits, attempts, misses, plan, notes: what the pass said, see `passes.base.Stats`.
+        hits, attempts, misses, missed, plan, notes: what the pass said, see `passes.base.Stats`.
         before, after: sizes (absent when costs are switched off).
         error: worst relative error of the differential run; None if it was not done.
         tolerance: what the error had to stay within.
@@ -72,6 +72,7 @@ class Row:
     hits: int = 0
     attempts: int = 0
     misses: dict[str, int] = field(default_factory=dict)
+    missed: dict[str, str] = field(default_factory=dict)
     plan: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     before: Size | None = None
@@ -296,6 +297,7 @@ def _row_dict(row: Row) -> dict[str, Any]:
         "hits": row.hits,
         "attempts": row.attempts,
         "misses": row.misses,
+        "missed": row.missed,
         "plan": row.plan,
         "notes": row.notes,
         "before": _plain(row.before),

@@ -192,7 +192,11 @@ def optimize(
     ] = None,
     why_not: Annotated[
         str | None,
-        typer.Option(metavar="PASS", help="print why this pass (or all) left places as they were"),
+        typer.Option(
+            metavar="PASS[:PLACE]",
+            help="print why this pass (or all) left places as they were; PLACE: a node's name, its number in the text "
+            "form of MODEL, or where it comes from",
+        ),
     ] = None,
     reproduce: Annotated[
         Path | None,

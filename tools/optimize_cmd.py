@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..ir.errors import ExportError, InputError, PipelineError, suggest
+from ..ir.errors import ExportError, InputError
 from ..ir.program import Program
 from .console import console, size
 from .examples import example_feeds
 from .files import check_writable, write_atomically
 from .sizes import parse_sizes
 from .tokens import calibration_feeds, check_calibration
-
-if TYPE_CHECKING:
-    from ..passes.pipeline import Pipeline
-    from ..passes.report import Report
 
 
 @dataclass(frozen=True)
@@ -47,10 +43,11 @@ def optimize_file(path: Path, options: OptimizeOptions) -> None:
     from ..passes.contract import checked_budget
     from ..passes.optimize import optimize
     from ..passes.pipeline import parse_pipeline
+    from .why_not import answer, parse_question
 
     pipeline = parse_pipeline(options.pipeline)
     budget = checked_budget(_budget(options.budget))
-    _check_names(pipeline, options)
+    question = None if options.why_not is None else parse_question(options.why_not, pipeline)
     _check_outputs(path, options)
     check_calibration(options.calibration, options.tokenizer, path)
     program = load(path)
@@ -77,10 +74,10 @@ def optimize_file(path: Path, options: OptimizeOptions) -> None:
     )
     out = console()
     out.print(optimized.report)
-    if options.why_not is not None:
-        for line in why_not(optimized.report, options.why_not):
-            out.print(line)
     _write(optimized, options, out)
+    if question is not None:
+        for line in answer(question, optimized.report, program, optimized):
+            out.print(line, markup=False)
 
 
 def _example(program: Program, text: str | None) -> dict[str, Any] | None:
@@ -103,20 +100,6 @@ def _budget(items: tuple[str, ...]) -> dict[str, float] | None:
         except ValueError:
             raise InputError(f"'{item}' is no bound", expected="NAME=LIMIT, such as drift=0.1") from None
     return budget or None
-
-
-def _check_names(pipeline: Pipeline, options: OptimizeOptions) -> None:
-    """The passes that options speak about must be in the pipeline, or in the catalogue (some are run on demand).
-
-    Raises:
-        PipelineError: one is not.
-    """
-    used = [item.name for item in pipeline.passes()]
-    if options.why_not not in (None, "all", *used):
-        raise PipelineError(
-            f"--why-not names '{options.why_not}', which is not in the pipeline{suggest(str(options.why_not), used)}",
-            expected=", ".join(used),
-        )
 
 
 def _check_outputs(path: Path, options: OptimizeOptions) -> None:
@@ -150,17 +133,6 @@ def _check_outputs(path: Path, options: OptimizeOptions) -> None:
         check_writable(options.report)
     if options.dump_dir is not None:
         check_writable(options.dump_dir, folder=True)
-
-
-def why_not(report: Report, name: str) -> list[str]:
-    """Why places were left as they were, in all passes or in one, with counts."""
-    lines: list[str] = []
-    for row in report.rows:
-        if name not in ("all", row.name):
-            continue
-        lines.append(f"{row.text}: {row.hits} of {row.attempts} places rewritten")
-        lines += [f"  {count} x {reason}" for reason, count in sorted(row.misses.items(), key=lambda item: -item[1])]
-    return lines or [f"'{name}' did not run"]
 
 
 def _write(optimized: Any, options: OptimizeOptions, out: Any) -> None:

@@ -16,6 +16,8 @@ from .raise_attention import RaiseAttention
 from .raise_experts import RaiseExperts
 from .raise_rotary import RaiseRotary
 
+_PARTS: tuple[type[Pass], ...] = (RaiseExperts, RaiseRotary, RaiseAttention)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RaiseAll(Pass):
@@ -24,14 +26,14 @@ class RaiseAll(Pass):
     name: ClassVar[str] = "raise"
     effect: ClassVar[Effect] = Effect.EXACT
     breaks: ClassVar[frozenset[Prop]] = frozenset()
+    parts: ClassVar[tuple[str, ...]] = tuple(part.name for part in _PARTS)
 
     def run(self, program: Program, ctx: Context) -> Stats:
         """Run the parts in turn, each on a canonical graph."""
         stats = Stats()
         tidy = Canonicalize()
-        parts: tuple[Pass, ...] = (RaiseExperts(), RaiseRotary(), RaiseAttention())
         stats.hits += tidy.run(program, ctx).hits
-        for part in parts:
+        for part in (make() for make in _PARTS):
             done = part.run(program, ctx)
             stats.hits += done.hits
             stats.attempts += done.attempts
