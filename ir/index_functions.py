@@ -103,7 +103,7 @@ class IndexFunctions:
             return rest if len(small) == 1 and rest.is_integer else sympy.floor(fraction)
 
         def remainder(number: Any, size: Any) -> Any:
-            terms = sympy.Add.make_args(sympy.expand(number))
+            terms: Any = sympy.Add.make_args(sympy.expand(number))
             small = [t for t in terms if sizes.get(t) == size]
             others = all((t / size).is_integer for t in terms if t not in small)
             return small[0] if len(small) == 1 and others else sympy.Mod(number, size)
@@ -189,7 +189,8 @@ _RULES: dict[str, Callable[[IndexFunctions, fx.Node], Any]] = {}
 
 def _rule(*names: str) -> Callable[[Any], Any]:
     def register(function: Any) -> Any:
-        _RULES.update(dict.fromkeys(names, function))
+        for name in names:
+            _RULES[name] = function
         return function
 
     return register
@@ -208,12 +209,21 @@ def _condition(value: Any) -> Any:
     return value if is_condition(value) else compare(sympy.Ne, value, sympy.Integer(0))
 
 
+def choice_of(value: Any) -> tuple[Any, Any, Any] | None:
+    """A choice between two values: the first, its condition, and the other one; None for anything else."""
+    if not isinstance(value, sympy.Piecewise) or len(value.args) != 2:
+        return None
+    branches: Any = value.args
+    (yes, condition), (no, _) = branches
+    return yes, condition, no
+
+
 def compare(relation: Any, a: Any, b: Any) -> Any:
     """A comparison; of a choice between numbers, it is the condition of the choice or its opposite."""
     a, b = number(a), number(b)
     for side, other, swapped in ((a, b, False), (b, a, True)):
-        if isinstance(side, sympy.Piecewise) and len(side.args) == 2:
-            (yes, condition), (no, _) = side.args
+        if (choice := choice_of(side)) is not None:
+            yes, condition, no = choice
             first, second = (relation(other, v) if swapped else relation(v, other) for v in (yes, no))
             if all(v in (sympy.true, sympy.false) for v in (first, second)):
                 if first == second:

@@ -17,7 +17,7 @@ from sympy.core.function import AppliedUndef
 from torch import fx
 
 from .flow import op_name
-from .index_functions import IndexFunctions, coordinate, is_condition, number
+from .index_functions import IndexFunctions, choice_of, coordinate, is_condition, number
 
 HIDES = -1e4
 """Added numbers up to this hide a key: after the softmax nothing of it is left (some models write -10000)."""
@@ -149,7 +149,8 @@ class _Reader:
         """``key - query`` bounded from above ('<=', bound) or below ('>=', bound)."""
         if not isinstance(part, (sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt)):
             return None
-        difference = sympy.expand(part.lhs - part.rhs)
+        left, right = _sides(part)
+        difference = sympy.expand(left - right)
         strict = isinstance(part, (sympy.Lt, sympy.Gt))
         upper = isinstance(part, (sympy.Le, sympy.Lt))
         slope = difference.coeff(self.key)
@@ -234,21 +235,25 @@ def _terms(node: fx.Node) -> Iterator[fx.Node]:
         yield node
 
 
+def _sides(comparison: Any) -> tuple[Any, Any]:
+    return comparison.lhs, comparison.rhs
+
+
 def _hiding(value: Any) -> Any | None:
     """The condition under which nothing is added, if otherwise a number that hides is."""
     if is_condition(value):
         return None
-    if isinstance(value, sympy.Piecewise) and len(value.args) == 2:
-        (yes, condition), (no, _) = value.args
-        if no.is_number and yes == 0 and no <= HIDES:
+    if (choice := choice_of(value)) is not None:
+        yes, condition, no = choice
+        if no.is_number and yes.is_zero and no <= HIDES:
             return condition
-        if yes.is_number and no == 0 and yes <= HIDES:
+        if yes.is_number and no.is_zero and yes <= HIDES:
             return sympy.Not(condition)
     # (1 - mask) * lowest, where the mask is a number that an input gave.
     unknown = value.atoms(AppliedUndef)
     if len(unknown) == 1:
         (mask,) = unknown
-        lowest = value.xreplace({mask: sympy.Integer(0)})
+        lowest: Any = value.xreplace({mask: sympy.Integer(0)})
         if lowest.is_number and lowest <= HIDES and value.xreplace({mask: sympy.Integer(1)}) == 0:
             return sympy.Ne(mask, 0)
     return None
@@ -256,8 +261,8 @@ def _hiding(value: Any) -> Any | None:
 
 def _hiding_bias(value: Any) -> tuple[Any, Any] | None:
     """A choice between a bias and a number that hides: the condition under which the bias is added, and the bias."""
-    if isinstance(value, sympy.Piecewise) and len(value.args) == 2:
-        (yes, condition), (no, _) = value.args
+    if (choice := choice_of(value)) is not None:
+        yes, condition, no = choice
         if no.is_number and no <= HIDES:
             return condition, yes
         if yes.is_number and yes <= HIDES:

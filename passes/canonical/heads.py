@@ -50,7 +50,8 @@ class Repeated:
         if self.order is not None:
             x = rewriter.call(aten.permute.default, x, self.order, like=x)
         if self.rotary is not None:
-            x = rewriter.call(rotary_embedding, x, *self.rotary.args[1:], like=self.rotary, **self.rotary.kwargs)
+            options: dict[str, Any] = self.rotary.kwargs
+            x = rewriter.call(rotary_embedding, x, *self.rotary.args[1:], like=self.rotary, **options)
         return x
 
 

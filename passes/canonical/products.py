@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import string
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -55,7 +55,7 @@ def _einsum(rewriter: Rewriter, node: fx.Node) -> fx.Node | None:
     if parts is None or not isinstance(operands, (list, tuple)) or len(operands) != 2:
         return None
     (left, right), out = parts
-    a, b = operands
+    a, b = cast("tuple[fx.Node, fx.Node]", operands)
     batch = [c for c in out if c in left and c in right]
     rows, columns = [c for c in out if c not in right], [c for c in out if c not in left]
     summed = [c for c in left if c in right and c not in out]

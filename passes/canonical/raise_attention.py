@@ -164,11 +164,11 @@ class _Raising:
             scale = None
         like = found.output
         if found.softcap is not None or found.sinks is not None:
-            options = {"is_causal": causal, "scale": scale, "softcap": found.softcap, "sinks": self._sinks(found)}
-            given = {name: option for name, option in options.items() if option not in (None, False)}
+            options: dict[str, Any] = {"is_causal": causal, "scale": scale, "softcap": found.softcap, "sinks": self._sinks(found)}
+            given = {name: o for name, o in options.items() if o is not None and o is not False}
             return call(attention, query, key, value, *([] if mask is None else [mask]), like=like, **given)
         options = {"is_causal": causal, "scale": scale, "enable_gqa": grouped}
-        given = {name: option for name, option in options.items() if option not in (None, False)}
+        given = {name: o for name, o in options.items() if o is not None and o is not False}
         if mask is not None:
             given["attn_mask"] = mask
         sdpa = aten.scaled_dot_product_attention.default

@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 
 from ...ir.flow import is_pointwise
 from ...ir.program import Program
@@ -106,7 +107,8 @@ def _gathered_weights(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, bool] |
     """``w[i] @ x`` for each row: the rows, the weight, the experts, and whether the weight is [out, in]."""
     if not is_op(node, aten.squeeze) or not is_op(node.args[0], aten.matmul):
         return None
-    left, right = node.args[0].args[:2]  # type: ignore[union-attr]
+    product: Any = node.args[0]
+    left, right = product.args[:2]
     for gathered, column, is_left in ((left, right, True), (right, left, False)):
         if not is_op(gathered, aten.index) or not is_op(column, aten.unsqueeze) or len(gathered.args[1]) != 1:
             continue
@@ -212,7 +214,7 @@ class _Unsorted:
             others = [a for a in node.all_input_nodes if a not in self.made]
             if any(isinstance(a.meta["val"], torch.Tensor) and a.meta["val"].dim() > 1 for a in others):
                 raise _NotSorted(f"sorted rows meet other values at {node.target}")
-            new = fx.node.map_arg((args, dict(node.kwargs)), lambda a: self.made.get(a, a))
+            new = map_arg((args, dict(node.kwargs)), lambda a: self.made.get(a, a))
             return call(node.target, *new[0], like=node, **new[1])  # type: ignore[arg-type]
         raise _NotSorted(f"sorted rows go through {node.target}")
 

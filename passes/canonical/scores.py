@@ -16,7 +16,7 @@ import sympy
 import torch
 from torch import fx
 
-from ...ir.index_functions import IndexFunctions, coordinate, number
+from ...ir.index_functions import IndexFunctions, choice_of, coordinate, number
 from ...ir.masks import HIDES
 from ...ir.program import Program
 from ...ir.rewrite import is_op
@@ -185,7 +185,7 @@ class _Reader:
 
     def _added(self, found: Scores, node: fx.Node, factor: float) -> fx.Node:
         a, b = node.args[:2]
-        alpha = node.kwargs.get("alpha", 1)
+        alpha: Any = node.kwargs.get("alpha", 1)
         sign = -1.0 if is_op(node, aten.sub) else 1.0
         if self.number(b) is not None and isinstance(a, fx.Node) and found.softcap is None:
             return a  # a softmax does not see what all scores have in common
@@ -198,7 +198,7 @@ class _Reader:
             found.added.append(Added(b, factor * sign * float(alpha), found.lead is not None))
             return kept
         if self._leads(a, _DEPTH):
-            found.added.append(Added(b, factor * sign * float(alpha), found.lead is not None))  # type: ignore[arg-type]
+            found.added.append(Added(b, factor * sign * float(alpha), found.lead is not None))
             return a
         if self._leads(b, _DEPTH) and sign == 1.0 and alpha == 1:
             found.added.append(Added(a, factor, found.lead is not None))
@@ -300,12 +300,10 @@ def _aligned(node: fx.Node, rank: int) -> list[Any]:
 
 def _where(keep: Any, add: Any, value: int) -> Any:
     """What is added where the mask ``keep`` has a value, if it can have no others than 0 and 1."""
-    if isinstance(keep, sympy.Piecewise) and [v for v, _ in keep.args] == [1, 0]:
-        condition = keep.args[0][1]
-        if isinstance(add, sympy.Piecewise) and len(add.args) == 2 and add.args[0][1] in (condition, ~condition):
-            first = add.args[0][1] == condition
-            return add.args[0 if first == bool(value) else 1][0]
-    return None
+    kept, added = choice_of(keep), choice_of(add)
+    if kept is None or added is None or (kept[0], kept[2]) != (1, 0) or added[1] not in (kept[1], ~kept[1]):
+        return None
+    return added[0] if (added[1] == kept[1]) == bool(value) else added[2]
 
 
 def _greatest_of(node: Any) -> Any:
@@ -364,9 +362,9 @@ def _guards(where: fx.Node, weights: fx.Node) -> bool:
     source: Any = condition
     while is_op(source, aten.isnan, aten.eq, aten.ne, aten.all, aten.logical_not, aten.amax):
         source = source.args[0]
-    softmax = weights
+    softmax: Any = weights
     while not is_op(softmax, *SOFTMAX):
-        softmax = softmax.args[0]  # type: ignore[assignment]
+        softmax = softmax.args[0]
     return source in (weights, softmax, softmax.args[0])
 
 

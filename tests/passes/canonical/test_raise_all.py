@@ -73,7 +73,7 @@ def test_a_miss_says_which_pass_and_why() -> None:
 
 
 TEXT = """\
-program @main(%q: f32[B, 2, S, 8], %k: f32[B, 2, S, 8], %v: f32[B, 2, S, 8], %cos: f32[S, 8], %sin: f32[S, 8]) -> (%out) {
+program @main(%q: f32[B, 2, S, 8], %k: f32[B, 2, S, 8], %v: f32[B, 2, S, 8], %cos: f32[S, 8], %sin: f32[S, 8]) -> %out {
   dim B = 2 in [1, inf]
   dim S = 5 in [1, inf]
   %0 = aten.mul.Tensor(%q, %cos) : f32[B, 2, S, 8]
