@@ -20,6 +20,7 @@ BUILTIN: dict[str, str] = {
     "raise": ".canonical.raise_all:RaiseAll",
     "raise-attention": ".canonical.raise_attention:RaiseAttention",
     "raise-experts": ".canonical.raise_experts:RaiseExperts",
+    "raise-norms": ".canonical.raise_norms:RaiseNorms",
     "raise-rotary": ".canonical.raise_rotary:RaiseRotary",
     "remove-noops": ".canonical.remove_noops:RemoveNoops",
 }
