@@ -18,6 +18,7 @@ BUILTIN: dict[str, str] = {
     "drop-layers": ".layers.drop_layers:DropLayers",
     "fold-constants": ".canonical.fold_constants:FoldConstants",
     "raise": ".canonical.raise_all:RaiseAll",
+    "raise-activations": ".canonical.raise_activations:RaiseActivations",
     "raise-attention": ".canonical.raise_attention:RaiseAttention",
     "raise-experts": ".canonical.raise_experts:RaiseExperts",
     "raise-norms": ".canonical.raise_norms:RaiseNorms",

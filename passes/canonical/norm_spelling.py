@@ -192,7 +192,7 @@ class _Walk:
             return None
         size = self.check_axis(node)
         if is_op(node, aten.sum) and (count is None or abs(count - size) > 1e-7 * size):
-            raise Refused("a sum, not a mean", node)
+            raise Refused("a sum, not a mean (a Euclidean norm)", node)
         if _dtype(node) != _dtype(node.args[0]):
             raise Refused("the mean has another dtype", node)
         return node.args[0], inside | {node}
