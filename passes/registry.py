@@ -21,6 +21,7 @@ BUILTIN: dict[str, str] = {
     "raise-activations": ".canonical.raise_activations:RaiseActivations",
     "raise-attention": ".canonical.raise_attention:RaiseAttention",
     "raise-experts": ".canonical.raise_experts:RaiseExperts",
+    "raise-linear": ".canonical.raise_linear:RaiseLinear",
     "raise-norms": ".canonical.raise_norms:RaiseNorms",
     "raise-rotary": ".canonical.raise_rotary:RaiseRotary",
     "remove-noops": ".canonical.remove_noops:RemoveNoops",
