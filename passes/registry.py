@@ -16,6 +16,7 @@ BUILTIN: dict[str, str] = {
     "cse": ".canonical.cse:CommonSubexpressions",
     "dce": ".canonical.dce:DeadCode",
     "drop-layers": ".layers.drop_layers:DropLayers",
+    "fold-batchnorm": ".canonical.fold_batchnorm:FoldBatchNorm",
     "fold-constants": ".canonical.fold_constants:FoldConstants",
     "raise": ".canonical.raise_all:RaiseAll",
     "raise-activations": ".canonical.raise_activations:RaiseActivations",

@@ -140,8 +140,8 @@ def _exp(program: Program, middle: fx.Node) -> SpelledActivation | None:
 
 def _bounded(program: Program, middle: fx.Node) -> SpelledActivation | None:
     """``clamp(x h / 6 + h / 2, 0, h)`` times ``x / h``."""
-    if is_op(middle, aten.hardsigmoid):
-        x: Any = middle.args[0]
+    x = middle.args[0]
+    if is_op(middle, aten.hardsigmoid) and isinstance(x, fx.Node):
         used = any(is_op(user, aten.mul.Tensor) and x in user.args for user in middle.users)
         return _around(program, middle, x, set(), _PRODUCT, aten.hardswish.default) if used else None
     low, high = (0, 6) if is_op(middle, aten.relu6) else _bounds(program, middle)

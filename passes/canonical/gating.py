@@ -56,8 +56,8 @@ def gating_at(node: fx.Node) -> Gating | None:
         if name is None or not isinstance(activated, fx.Node) or not isinstance(up, fx.Node):
             continue
         gate: Any = activated.args[0]
-        if up in (gate, *gate.args) or is_constant(up):
-            continue  # a constant factor, or an activation such as SiLU
+        if up in (activated, gate, *gate.args) or is_constant(up):
+            continue  # a constant factor, a square, or an activation such as SiLU
         if name == "sigmoid" and _linear_map(gate) is None:
             continue  # as in the cell of a recurrent network
         try:

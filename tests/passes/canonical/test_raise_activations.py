@@ -247,6 +247,7 @@ UNGATED: dict[str, tuple[Callable[..., Any], str]] = {
         lambda x, g, u: (F.silu(F.linear(x, g)) * F.linear(x, u), F.silu(F.linear(x, g))),
         "the result of 'silu' inside is read elsewhere too",
     ),
+    "a square": (lambda x, g, u: F.relu(F.linear(x, g)) * F.relu(F.linear(x, g)), ""),
     "a number": (lambda x, g, u: F.silu(F.linear(x, g)) * 2.0, ""),
     "a weight": (lambda x, g, u: F.silu(F.linear(x, g)) * u[:, 0], ""),
 }
