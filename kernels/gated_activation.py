@@ -21,7 +21,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 """What a gate may go through: GeGLU (exact and by tanh), ReGLU, GLU, SwiGLU."""
 
 
-@operator("gated_activation(Tensor gate, Tensor up, *, str activation) -> Tensor", macs=free)
+@operator("gated_activation(Tensor gate, Tensor up, *, str activation) -> Tensor", macs=free, elementwise=True)
 def gated_activation(gate: torch.Tensor, up: torch.Tensor, *, activation: str) -> torch.Tensor:
     """``activation(gate) * up``.
 
