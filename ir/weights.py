@@ -330,8 +330,14 @@ class Weight:
         return self.then(Select(dim, tuple(int(i) for i in index)))
 
     def permute(self, dims: Sequence[int]) -> Weight:
-        """Dimensions in a new order."""
-        return self.then(Permute(tuple(dims)))
+        """Dimensions in a new order; one that undoes the step before leaves the weight as it was."""
+        order = tuple(dims)
+        steps = self.steps
+        if steps and isinstance(last := steps[-1], Permute):
+            order, steps = tuple(last.dims[d] for d in order), steps[:-1]
+        if order == tuple(range(len(order))):
+            return Weight(self.source, steps)
+        return Weight(self.source, (*steps, Permute(order)))
 
     def reshape(self, shape: Sequence[int]) -> Weight:
         """The same elements in another shape."""

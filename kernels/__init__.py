@@ -8,6 +8,16 @@ if TYPE_CHECKING or __name__ == "graphlathe.kernels":
     from .attention import attention
     from .define import NAMESPACE, OPERATORS, Operator, operator
     from .expert_linear import expert_linear
+    from .gated_activation import gated_activation
     from .rotary_embedding import rotary_embedding
 
-    __all__ = ["NAMESPACE", "OPERATORS", "Operator", "attention", "expert_linear", "operator", "rotary_embedding"]
+    __all__ = [
+        "NAMESPACE",
+        "OPERATORS",
+        "Operator",
+        "attention",
+        "expert_linear",
+        "gated_activation",
+        "operator",
+        "rotary_embedding",
+    ]

@@ -51,6 +51,7 @@ def operator(
     *,
     macs: Callable[[fx.Node], Any],
     to_onnx: Callable[..., Any] | None = None,
+    elementwise: bool = False,
 ) -> Callable[[Callable[..., Any]], torch._ops.OpOverload]:
     """Define ``graphlathe::<schema>``; the decorated function is its reference.
 
@@ -58,13 +59,15 @@ def operator(
         schema: in the syntax of `torch.library`, without the namespace: ``name(Tensor x, *, int axis) -> Tensor``.
         macs: the cost of a call.
         to_onnx: how a call is written in ONNX, where the decomposition is not what a reader of the file wants.
+        elementwise: every element of the result depends on one element of each operand (PyTorch's tag ``pointwise``).
 
     Returns:
         The overload that graphs call.
     """
 
     def define(reference: Callable[..., Any]) -> torch._ops.OpOverload:
-        name = _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        tags = (torch.Tag.pt2_compliant_tag, *((torch.Tag.pointwise,) if elementwise else ()))
+        name = _LIBRARY.define(schema, tags=tags)
         _LIBRARY.impl(name, reference, "CompositeImplicitAutograd")
         target = getattr(getattr(torch.ops, NAMESPACE), name.split("::")[-1]).default
         OPERATORS[target] = Operator(target, reference, macs, to_onnx)

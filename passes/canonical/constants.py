@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from ...ir.program import Program
-from ...ir.rewrite import is_op
+from ...ir.rewrite import is_op, is_random
 from .arguments import argument
 
 aten = torch.ops.aten
@@ -47,3 +47,24 @@ def scalar_of(program: Program, value: Any) -> float | None:
         if isinstance(fill, (int, float)) and not isinstance(fill, bool):
             return float(torch.tensor(fill, dtype=known.dtype).item())
     return None
+
+
+def is_constant(node: Any, limit: int = 16) -> bool:
+    """Whether a value depends on weights and literals alone, over at most ``limit`` operators in a row."""
+    if not isinstance(node, fx.Node) or node.op == "get_attr":
+        return isinstance(node, fx.Node)
+    if node.op != "call_function" or limit == 0 or is_random(node):
+        return False
+    return all(is_constant(operand, limit - 1) for operand in node.all_input_nodes)
+
+
+def is_vector(node: Any, size: int, like: fx.Node) -> bool:
+    """Whether a value is a constant of ``size`` elements along the last axis of ``like``, of the same dtype.
+
+    It may have leading dimensions of size 1, but not more dimensions than ``like``.
+    """
+    known = node.meta.get("val") if isinstance(node, fx.Node) else None
+    other = like.meta["val"]
+    if not isinstance(known, torch.Tensor) or not 0 < known.dim() <= other.dim() or known.dtype != other.dtype:
+        return False
+    return list(known.shape) == [1] * (known.dim() - 1) + [size] and is_constant(node)

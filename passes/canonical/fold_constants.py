@@ -137,7 +137,8 @@ class _Folder:
 
     def _replace(self, node: fx.Node) -> None:
         value = node.meta["val"]
-        weight = _lazy_weight(self.program, node)
+        # Even where others read the weight below: the numbers are shared, and equal expressions are known as equal.
+        weight = _lazy_weight(self.program, node, shared=True)
         if weight is None:
             result = self._compute(node)
             # A view would keep the whole tensor below it alive.
@@ -216,17 +217,17 @@ def _reads_lazily(node: fx.Node) -> bool:
     return permutation(node) is not None or is_op(node, *COMPOSED_VIEWS, aten.slice, aten.select, aten.narrow)
 
 
-def _lazy_weight(program: Program, node: fx.Node) -> Weight | None:
-    """The weight expression of a chain of views, casts and scalings over a weight that nothing else reads."""
+def _lazy_weight(program: Program, node: fx.Node, *, shared: bool = False) -> Weight | None:
+    """The weight expression of a chain of views and casts over a weight, which others may read if it is ``shared``."""
     chain: list[Callable[[Weight], Weight]] = []
     at = node
     while at.op == "call_function":
         step = _lazy_step(at)
-        if step is None or (at is not node and len(at.users) != 1):
+        if step is None or (at is not node and len(at.users) != 1 and not shared):
             return None
         chain.append(step)
         at = at.all_input_nodes[0]
-    if at.op != "get_attr" or len(at.users) != 1 or not chain:
+    if at.op != "get_attr" or not chain or (len(at.users) != 1 and not shared):
         return None
     base = program.weights.get(str(at.target))
     if base is None or _quantised(base) or _nbytes(node.meta["val"]) > base.nbytes:

@@ -7,7 +7,8 @@
 from __future__ import annotations
 
 import string
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -51,11 +52,15 @@ def _baddbmm(rewriter: Rewriter, node: fx.Node) -> fx.Node:
 def _einsum(rewriter: Rewriter, node: fx.Node) -> fx.Node | None:
     """Two operands that share batch labels, have one label each, and are summed over one label."""
     equation, operands = node.args[:2]
-    parts = _parse(str(equation), operands)
-    if parts is None or not isinstance(operands, (list, tuple)) or len(operands) != 2:
+    if not isinstance(operands, (list, tuple)) or len(operands) != 2:
+        return None
+    a: Any
+    b: Any
+    a, b = operands
+    parts = einsum_labels(str(equation), [a, b])
+    if parts is None:
         return None
     (left, right), out = parts
-    a, b = cast("tuple[fx.Node, fx.Node]", operands)
     batch = [c for c in out if c in left and c in right]
     rows, columns = [c for c in out if c not in right], [c for c in out if c not in left]
     summed = [c for c in left if c in right and c not in out]
@@ -73,21 +78,31 @@ def _einsum(rewriter: Rewriter, node: fx.Node) -> fx.Node | None:
         return _permuted(rewriter, product, [made.index(c) for c in out])
 
 
-def _parse(equation: str, operands: Any) -> tuple[list[str], str] | None:
-    """The labels of both operands and of the result, with one label for each axis that an ellipsis stands for."""
+def einsum_labels(equation: str, operands: Sequence[fx.Node]) -> tuple[list[str], str] | None:
+    """The labels of each operand and of the result, with one label for each axis that an ellipsis stands for.
+
+    Args:
+        equation: of an einsum, with an explicit result.
+        operands: its operands.
+
+    Returns:
+        One letter for each axis; None if a term repeats a label, or the ellipsis is summed over.
+    """
     text = equation.replace(" ", "")
-    if "->" not in text or not isinstance(operands, (list, tuple)) or len(operands) != 2:
+    if "->" not in text:
         return None
     inputs, out = text.split("->")
     terms = inputs.split(",")
-    if "..." in text:
-        free = "".join(c for c in string.ascii_uppercase if c not in text)
-        hidden = [x.meta["val"].dim() - len(term.replace("...", "")) for x, term in zip(operands, terms, strict=True)]
-        if not all("..." in term for term in (*terms, out)) or len(set(hidden)) != 1:
-            return None
-        terms, out = ([t.replace("...", free[: hidden[0]]) for t in terms], out.replace("...", free[: hidden[0]]))
-    plain = all(len(set(term)) == len(term) for term in (*terms, out))
-    return (terms, out) if len(terms) == 2 and plain else None
+    free = "".join(c for c in string.ascii_uppercase if c not in text)
+    hidden = [x.meta["val"].dim() - len(term.replace("...", "")) for x, term in zip(operands, terms, strict=True)]
+    if any(hidden) and "..." not in out:
+        return None
+    # Aligned on the right, as broadcasting is.
+    terms = [
+        term.replace("...", free[max(hidden) - count : max(hidden)]) for term, count in zip(terms, hidden, strict=True)
+    ]
+    out = out.replace("...", free[: max(hidden)])
+    return (terms, out) if all(len(set(term)) == len(term) for term in (*terms, out)) else None
 
 
 def _same_batch(a: fx.Node, left: str, b: fx.Node, right: str, batch: list[str]) -> bool:

@@ -1,7 +1,9 @@
 """The raised form: canonical, and every computation that has a name written as the operator of that name.
 
-Runs ``canonicalize`` and all raising passes in the order in which they help one another. Passes that ask for attention
-or MLP sites then see one form, wherever the graph came from.
+Runs ``canonicalize`` and all raising passes in the order in which they help one another: experts before the linear
+layers that they consist of, attention and its rotary embedding before anything between their products is renamed,
+gating after the activations and the linear layers that it joins. Passes that ask for sites then see one form, wherever
+the graph came from.
 """
 
 from __future__ import annotations
@@ -12,16 +14,28 @@ from typing import ClassVar
 from ...ir.program import Program
 from ..base import Context, Effect, Pass, Prop, Stats
 from .canonicalize import Canonicalize
+from .fold_batchnorm import FoldBatchNorm
+from .raise_activations import RaiseActivations
 from .raise_attention import RaiseAttention
 from .raise_experts import RaiseExperts
+from .raise_linear import RaiseLinear
+from .raise_norms import RaiseNorms
 from .raise_rotary import RaiseRotary
 
-_PARTS: tuple[type[Pass], ...] = (RaiseExperts, RaiseRotary, RaiseAttention)
+_PARTS: tuple[type[Pass], ...] = (
+    RaiseExperts,
+    RaiseRotary,
+    RaiseAttention,
+    FoldBatchNorm,
+    RaiseLinear,
+    RaiseNorms,
+    RaiseActivations,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RaiseAll(Pass):
-    """Bring a graph to its raised form: attention, rotary embeddings and experts as one operator each."""
+    """Bring a graph to its raised form: attention, norms, activations, linear layers... as one operator each."""
 
     name: ClassVar[str] = "raise"
     effect: ClassVar[Effect] = Effect.EXACT

@@ -18,6 +18,7 @@ Every rule here is exact for all inputs, so that rules of other passes, exporter
 | ``pad`` with a constant | ``constant_pad_nd`` |
 | ``slice_scatter`` or ``index_put`` of all slices, side by side | ``cat`` |
 | first result of ``_native_batch_norm_legit_no_training`` | ``batch_norm`` |
+| first result of ``native_layer_norm``, ``_fused_rms_norm`` | ``layer_norm``, ``rms_norm`` |
 """
 
 from __future__ import annotations
@@ -193,9 +194,16 @@ def _pad(rewriter: Rewriter, node: fx.Node) -> fx.Node | None:
     )
 
 
-def _batch_norm(rewriter: Rewriter, node: fx.Node) -> fx.Node | None:
+def _first_result(rewriter: Rewriter, node: fx.Node) -> fx.Node | None:
+    """A norm without its statistics."""
     norm, index = node.args
-    if index != 0 or not is_op(norm, aten._native_batch_norm_legit_no_training) or not isinstance(norm, fx.Node):
+    if index != 0 or not isinstance(norm, fx.Node):
+        return None
+    if is_op(norm, aten.native_layer_norm):
+        return _new(rewriter, node, aten.layer_norm.default, *norm.args)
+    if is_op(norm, aten._fused_rms_norm):
+        return _new(rewriter, node, aten.rms_norm.default, *norm.args)
+    if not is_op(norm, aten._native_batch_norm_legit_no_training):
         return None
     x, weight, bias, mean, variance, momentum, eps = norm.args
     return _new(
@@ -252,7 +260,7 @@ _BY_OVERLOAD: dict[Any, Rule] = {
     aten.bitwise_or.Tensor: _logic(aten.logical_or.default, aten.bitwise_or.Tensor),
     aten.bitwise_xor.Tensor: _logic(aten.logical_xor.default, aten.bitwise_xor.Tensor),
     aten.bitwise_not.default: _logic(aten.logical_not.default, aten.bitwise_not.default),
-    operator.getitem: _batch_norm,
+    operator.getitem: _first_result,
 }
 
 _SYNONYMS = {

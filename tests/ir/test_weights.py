@@ -176,3 +176,14 @@ def test_random_weights_depend_on_the_name_alone() -> None:
 def test_equality_is_identity() -> None:
     source = TensorSource(torch.ones(2))
     assert Weight(source) != Weight(source)
+
+
+def test_permutations_in_a_row_are_one_and_undo_one_another() -> None:
+    base = Weight.from_tensor(torch.arange(24.0).reshape(2, 3, 4))
+    turned = base.permute([2, 0, 1]).permute([1, 0, 2])
+    assert len(turned.steps) == 1
+    torch.testing.assert_close(turned.tensor(), base.tensor().permute(2, 0, 1).permute(1, 0, 2))
+    assert turned.permute([0, 2, 1]).steps == ()
+    assert base.permute([0, 1, 2]).steps == ()
+    scaled = base.permute([2, 0, 1]).scale(2.0).permute([1, 2, 0])
+    torch.testing.assert_close(scaled.tensor(), base.tensor() * 2)

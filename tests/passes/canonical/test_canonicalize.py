@@ -91,6 +91,21 @@ def test_batch_norm_has_one_form() -> None:
     assert forms[0] == forms[1] == ["batch_norm", "relu"]
 
 
+def test_norms_with_statistics_have_the_form_without() -> None:
+    """As `run_decompositions` writes them."""
+
+    class Norms(nn.Module):
+        def forward(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+            layer = torch.ops.aten.native_layer_norm.default(x, [4], w, None, 1e-3)[0]
+            return torch.ops.aten._fused_rms_norm.default(layer, [4], w, 1e-3)[0]
+
+    x, w = torch.randn(2, 3, 4), torch.randn(4)
+    after = trace(Norms(), (x, w))
+    Canonicalize().run(after, Context())
+    assert operators(after) == ["layer_norm", "rms_norm"]
+    assert torch.allclose(after(x, w), Norms()(x, w), rtol=1e-6, atol=1e-6)
+
+
 def test_golden(golden: Callable[[str, str], None]) -> None:
     program_ = traced("llama").clone()
     Canonicalize().run(program_, Context())

@@ -12,6 +12,7 @@ from graphlathe.ir.from_torch import trace
 from graphlathe.ir.program import Program
 from graphlathe.ir.weights import TensorSource
 from graphlathe.passes.base import Context, Stats
+from graphlathe.passes.canonical.cse import CommonSubexpressions
 from graphlathe.passes.canonical.fold_constants import FoldConstants
 from tests.passes.rewriting import operators, rewritten
 
@@ -70,6 +71,22 @@ def test_a_shared_weight_keeps_its_other_reader() -> None:
     assert stats.hits == 1
     assert len(after.used_weights()) == 2
     assert "w" in after.used_weights()
+
+
+def test_views_of_a_shared_weight_share_its_numbers_and_are_one_where_equal() -> None:
+    text = program(
+        '  %w0 = weight "w" : f32[4, 4] #00000000\n',
+        "  %0 = aten.slice.Tensor(%w0, 0, 0, 2) : f32[2, 4]\n  %1 = aten.transpose.int(%0, 0, 1) : f32[4, 2]\n"
+        "  %2 = aten.slice.Tensor(%w0, 0, 0, 2) : f32[2, 4]\n  %3 = aten.transpose.int(%2, 0, 1) : f32[4, 2]\n"
+        "  %4 = aten.matmul(%x, %1) : f32[B, 2]\n  %5 = aten.matmul(%x, %3) : f32[B, 2]\n"
+        "  %6 = aten.linear(%x, %w0) : f32[B, 4]\n  %7 = aten.cat([%4, %5, %6], -1) : f32[B, 8]\n",
+        "%7",
+    )
+    before, after, stats = rewritten(FoldConstants(), text)
+    assert stats.hits == 2
+    assert all(after.weights[name].shares_storage(before.weights["w"]) for name in after.used_weights())
+    CommonSubexpressions().run(after, Context())
+    assert operators(after) == ["matmul", "linear", "cat"]
 
 
 def test_a_constant_that_is_an_output_is_folded_too() -> None:
