@@ -1,4 +1,4 @@
-"""A headless Chromium for tests, spoken to over pipes in the DevTools protocol; needs nothing but the standard library."""
+"""A headless Chromium for tests, spoken to over pipes in the DevTools protocol, with the standard library alone."""
 
 from __future__ import annotations
 

@@ -68,10 +68,28 @@
   const graphs = Model.sides.map((_, side) => makeGraph(side, byId("views")));
   let layouts = 0;
 
+  // One layout at a time; what is opened meanwhile is laid out together, afterwards.
+  let busy = false;
+  let next = null;
+
   const redraw = async (anchor) => {
+    if (busy) {
+      next = { anchor };
+      return;
+    }
+    busy = true;
+    await redrawNow(anchor);
+    busy = false;
+    if (next) {
+      const { anchor: later } = next;
+      next = null;
+      redraw(later);
+    }
+  };
+
+  const redrawNow = async (anchor) => {
     try {
       const results = await Promise.all(graphs.map((graph) => graph.update(anchor)));
-      if (results.includes(null)) return;
       const refused = results.find((result) => result.refused);
       byId("status").textContent = refused
         ? `${Format.count(refused.refused)} boxes are too many to draw (at most ${Format.count(Layout.MOST)}): collapse some`
@@ -82,7 +100,7 @@
       root.dataset.milliseconds = Math.round(Math.max(...results.map((result) => result.ms ?? 0)));
     } catch (error) {
       byId("status").textContent = `the graph could not be laid out: ${error.message ?? error}`;
-      throw error;
+      console.error(error);
     }
   };
 

@@ -8,12 +8,11 @@ const makeGraph = (side, host) => {
   svg.attr("aria-label", `Graph${Model.two ? (side ? " after" : " before") : ""}: arrows move along edges, Enter opens and closes`);
   const arrow = `arrow-${side}`;
   const marker = svg.append("defs").append("marker").attr("id", arrow).attr("viewBox", "0 0 8 8").attr("refX", 7).attr("refY", 4);
-  marker.attr("markerWidth", 6).attr("markerHeight", 6).attr("orient", "auto");
+  marker.attr("markerUnits", "userSpaceOnUse").attr("markerWidth", 8).attr("markerHeight", 8).attr("orient", "auto");
   marker.append("path").attr("class", "arrow").attr("d", "M0,0.8 8,4 0,7.2z");
   const scene = svg.append("g").attr("class", "scene");
   const [under, lines, over] = ["under", "lines", "over"].map((name) => scene.append("g").attr("class", name));
   let drawn = { boxes: [], edges: [], standsFor: [], width: 1, height: 1 };
-  let run = 0;
 
   const zoom = d3.zoom().scaleExtent([0.02, 3]).on("zoom", ({ transform }) => {
     scene.attr("transform", transform);
@@ -29,7 +28,7 @@ const makeGraph = (side, host) => {
   const fit = (whole) => {
     const [width, height] = size();
     const head = Model.two ? 34 : 0;
-    const all = Math.min(width / drawn.width, (height - head) / drawn.height, 1.15);
+    const all = Math.min(width / drawn.width, (height - head) / drawn.height, 1);
     const k = whole ? all : Math.max(all, Math.min(0.7, width / drawn.width));
     moveTo((width - drawn.width * k) / 2, head + Math.max(0, (height - head - drawn.height * k) / 2), k);
   };
@@ -62,11 +61,12 @@ const makeGraph = (side, host) => {
     return line.toString();
   };
 
+  // Its part of the cost of the site around.
   const share = (box) => {
     const { key } = State.measure;
-    const whole = Model.root.sums[side][key];
+    const around = (box.item.row ? box.item.group : box.item.parent).sums[side][key];
     const value = box.item.row ? box.item.nodes[side][key] : box.item.sums[side][key];
-    return whole ? value / whole : 0;
+    return around ? value / around : 0;
   };
 
   const fill = function fill(box) {
@@ -131,13 +131,10 @@ const makeGraph = (side, host) => {
   };
 
   const update = async (anchor) => {
-    run += 1;
-    const mine = run;
     const start = performance.now();
     const before = anchor && boxOf(anchor);
     const old = before ? { x: before.x, y: before.y } : null;
     const found = await Layout.run(side);
-    if (mine !== run) return null; // something else was opened meanwhile
     if (found.refused) return found;
     const empty = !drawn.boxes.length;
     drawn = found;

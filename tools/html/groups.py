@@ -166,7 +166,8 @@ class Tree:
             members = [self._site(one, counts) for one in (part, *part.copies)]
             origins = [common_origin(one.nodes()) for one in (part, *part.copies)]
             origin = join_origins(origins) if all(origins) else ""
-            found.append({"label": label, "kind": "run", "origin": origin, "children": _steps(members, "sites")})
+            what = "blocks" if part.kind == "block" else "sites"
+            found.append({"label": label, "kind": "run", "origin": origin, "children": _steps(members, what)})
         return found
 
     def _site(self, part: Part, counts: Counter[str]) -> dict[str, Any]:
@@ -208,7 +209,7 @@ def _label(part: Part) -> str:
 
 def _steps(members: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
     """Members in steps of at most `LARGEST`, in as many levels as it takes; operators become a site's nodes."""
-    if what == "sites" and len(members) <= LARGEST:
+    if what != "operators" and len(members) <= LARGEST:
         return members
     steps: list[dict[str, Any]] = []
     for start in range(0, len(members), LARGEST):
@@ -216,4 +217,4 @@ def _steps(members: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
         label = f"{what} {start} to {start + len(chunk) - 1}"
         inside = {"nodes": [m["nodes"] for m in chunk]} if what == "operators" else {"children": chunk}
         steps.append({"label": label, "kind": "step", "children": [], **inside})
-    return steps if len(steps) <= LARGEST else _steps(steps, "sites")
+    return steps if len(steps) <= LARGEST else _steps(steps, "steps")

@@ -1,7 +1,7 @@
 """``--format html``: one file that shows a model, or two side by side; it works offline and loads nothing.
 
-The file is a skeleton with our styles and scripts, the libraries from ``vendor/``, and the data as JSON. A policy in its
-head forbids it any connection.
+The file is a skeleton with our styles and scripts, the libraries from ``vendor/``, and the data as JSON. A policy in
+its head forbids it any connection.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ SCRIPTS = (
 )
 LIBRARIES = ("d3.min.js", "elk-api.js")
 WORKER = "elk-worker.min.js"
-NUMBERS_READ = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class PageOptions:
     second_title: str = "after"
     sizes: Mapping[str, int] = field(default_factory=dict)
     second_sizes: Mapping[str, int] = field(default_factory=dict)
-    numbers: int = NUMBERS_READ
+    numbers: int = 1 << 28
     notes: tuple[str, ...] = ()
 
 
@@ -82,8 +81,11 @@ def page_data(program: Program, options: PageOptions, second: Program | None = N
     texts = Texts()
     programs = [program] if second is None else [program, second]
     known = _statistics(programs, options.numbers)
-    given = ((options.title, options.sizes), (options.second_title, options.second_sizes))
-    sides = [Side(p, title, sizes, texts, known) for p, (title, sizes) in zip(programs, given, strict=False)]
+    sides = [Side(program, options.title, options.sizes, texts, known)]
+    if second is not None:
+        # What is not given is taken as on the first side, since costs at different sizes cannot be compared.
+        same = {name: n for name, n in sides[0].sizes.items() if name in second.main.dims.by_name}
+        sides.append(Side(second, options.second_title, {**same, **options.second_sizes}, texts, known))
     matchings: dict[str, Matching] = {}
     if second is not None:
         matchings = {name: match(program, second, name, known) for name in program.entries if name in second.entries}

@@ -28,7 +28,7 @@ const Tree = (() => {
 
   const isSelected = (item) => {
     const chosen = State.selected;
-    return chosen !== null && (item === chosen || (item.row && item.nodes.includes(chosen)));
+    return chosen !== null && (item === chosen || (item.row === true && item.nodes.includes(chosen)));
   };
 
   const span = (name, text) => {
@@ -38,18 +38,22 @@ const Tree = (() => {
     return made;
   };
 
-  const bars = (values, wholes) => {
+  // Shares of the site around; the longer bar of a pair is the larger side.
+  const bars = (item, values) => {
     const made = span("bars", "");
+    const around = (item.row ? item.group : item.parent).sums.map((sum) => sum[State.measure.key]);
+    const longest = Math.max(...around);
     values.forEach((value, s) => {
       const line = document.createElement("i");
       if (Model.two && s === 0) line.className = "old";
       const fill = document.createElement("b");
-      const share = wholes[s] ? (value ?? 0) / wholes[s] : 0;
+      const share = longest ? (value ?? 0) / longest : 0;
       if (share > 0) {
         fill.style.width = `${(100 * share).toFixed(1)}%`;
         line.append(fill);
       }
-      line.title = Format.percent(share);
+      const whole = Model.root.sums[s][State.measure.key];
+      line.title = value ? `${Format.percent(value / around[s])} of the site around, ${Format.percent(value / whole)} of the whole` : "";
       made.append(line);
     });
     return made;
@@ -77,7 +81,7 @@ const Tree = (() => {
     return [item.row ? Model.title(item.node) : item.label, ...more].filter(Boolean).join("\n");
   };
 
-  const line = (item, at, whole) => {
+  const line = (item, at) => {
     const values = sumsOf(item);
     const made = document.createElement("div");
     made.className = `row k-${item.kind ?? "operator"}`;
@@ -100,27 +104,24 @@ const Tree = (() => {
       ? values.map((value) => span("number", show(value)))
       : [span("number count", item.row ? "" : Format.count(item.sums[0].count)), span("number", show(values[0]))];
     for (const number of numbers) number.setAttribute("role", "gridcell");
-    made.append(cell, ...numbers, bars(values, whole));
+    made.append(cell, ...numbers, bars(item, values));
     return made;
   };
 
   const draw = () => {
     const first = Math.max(0, Math.floor(box.scrollTop / HEIGHT) - MARGIN);
     const last = Math.min(rows.length, Math.ceil((box.scrollTop + box.clientHeight) / HEIGHT) + MARGIN);
-    const whole = Model.sides.map((_, s) => Model.root.sums[s][State.measure.key]);
-    // The longest bar is the larger whole, so that the two sides can be compared.
-    const longest = Model.sides.map(() => Math.max(...whole));
     spacer.style.height = `${rows.length * HEIGHT}px`;
     spacer.replaceChildren();
-    for (let at = first; at < last; at += 1) spacer.append(line(rows[at], at, longest));
+    for (let at = first; at < last; at += 1) spacer.append(line(rows[at], at));
     box.setAttribute("aria-rowcount", rows.length);
     if (rows[cursor]) box.setAttribute("aria-activedescendant", `row-${cursor}`);
-    drawHead(whole);
+    drawHead();
   };
 
-  const drawHead = (whole) => {
-    const values = whole.map((value) => State.measure.show(value));
-    const columns = Model.two ? ["before", "after", "share"] : ["ops", State.measure.label, "share"];
+  const drawHead = () => {
+    const values = Model.root.sums.map((sum) => State.measure.show(sum[State.measure.key]));
+    const columns = Model.two ? ["before", "after", "of site"] : ["ops", State.measure.label, "of site"];
     const total = `whole: ${values.join(" → ")}`;
     head.replaceChildren(span("", total), ...columns.map((name) => span("", name)));
   };

@@ -59,7 +59,7 @@ def quotas(sizes: Sequence[int], budget: int) -> list[int]:
 def statistics(weight: Weight, limit: int) -> Statistics | None:
     """The distribution of a weight's numbers, of at most ``limit`` of them.
 
-    A sample is runs of neighbours at even distances, the first and the last number included. Two passes are made over it.
+    A sample is runs of neighbors at even distances, the first and the last number included. It is read twice.
 
     Args:
         weight: the weight.
@@ -101,12 +101,10 @@ def statistics(weight: Weight, limit: int) -> Statistics | None:
 
 def _numbers(weight: Weight, count: int) -> Iterator[np.ndarray]:
     """``count`` of a weight's numbers, in pieces."""
-    source = weight.source.load().reshape(-1)
+    source = weight.source.load()
     for positions in _positions(weight.numel, count):
         indices = _to_source(weight, positions)
-        # A stretch of neighbours is a view; only what is scattered is gathered.
-        straight = indices[-1] - indices[0] == len(indices) - 1 and bool(np.all(np.diff(indices) == 1))
-        values = source[int(indices[0]) : int(indices[-1]) + 1] if straight else source[torch.from_numpy(indices)]
+        values = _take(source, indices)
         for step in weight.steps:
             if isinstance(step, Cast):
                 values = values.to(step.dtype)
@@ -115,6 +113,17 @@ def _numbers(weight: Weight, count: int) -> Iterator[np.ndarray]:
         if values.dtype in _NOT_NUMPY:
             values = values.to(torch.float32)
         yield values.cpu().numpy()
+
+
+def _take(source: torch.Tensor, indices: np.ndarray) -> torch.Tensor:
+    """The numbers at flat indices: a view if they are neighbors, else gathered; the whole is never copied."""
+    if not source.is_contiguous():
+        index = np.unravel_index(indices, tuple(source.shape))
+        return source[tuple(torch.from_numpy(axis) for axis in index)]
+    flat = source.view(-1)
+    first, last = int(indices[0]), int(indices[-1])
+    straight = last - first == len(indices) - 1 and bool(np.all(np.diff(indices) == 1))
+    return flat[first : last + 1] if straight else flat[torch.from_numpy(indices)]
 
 
 def _positions(numel: int, count: int) -> Iterator[np.ndarray]:
