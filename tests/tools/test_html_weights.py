@@ -121,6 +121,19 @@ def test_none_without_numbers(weight: Weight) -> None:
     assert statistics(weight, 100) is None
 
 
+@pytest.mark.parametrize("value", [3e38, -3e38, 1e-40, 1.0])
+def test_nearly_equal_numbers_have_a_histogram(value: float) -> None:
+    pair = torch.tensor([value, np.nextafter(np.float32(value), np.float32(0))])
+    found = statistics(Weight.from_tensor(pair), 2)
+    assert found is not None and sum(found.counts) == 2 and found.mean == pytest.approx(value)
+
+
+def test_numbers_at_the_ends_of_the_range() -> None:
+    ends = torch.tensor([-1.7e308, 1.7e308, 1.7e308], dtype=torch.float64)
+    found = statistics(Weight.from_tensor(ends), 3)
+    assert found is not None and (found.min, found.max, found.counts) == (-1.7e308, 1.7e308, ())
+
+
 def test_one_value_falls_into_the_middle() -> None:
     found = statistics(Weight.from_tensor(torch.ones(6)), 6)
     assert found is not None and found.counts[BINS // 2] == 6 and found.std == 0

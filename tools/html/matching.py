@@ -13,7 +13,7 @@ What has no counterpart was removed or added. All steps but the last are linear 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntFlag
@@ -157,20 +157,33 @@ class _Matcher:
         """Pair along the edges until nothing new is found."""
         for _ in range(_ROUNDS):
             before = len(self.forward)
-            self._downstream()
-            self._upstream()
+            # First what belongs to one reader only: where a block is gone, the next one's first operators read what
+            # its own did, and must not be taken for them.
+            self._upstream(alone=True)
+            self._downstream(certain=True)
+            self._upstream(alone=False)
             if len(self.forward) == before:
-                return
+                break
+        self._downstream(certain=False)
 
-    def _downstream(self) -> None:
-        """Pair operators of one kind and with equal arguments whose operands correspond."""
+    def _downstream(self, *, certain: bool) -> None:
+        """Pair operators of one kind and with equal arguments whose operands correspond.
+
+        Args:
+            certain: leave out those that are computed several times from the same values (as ``unsqueeze(cos)`` is in
+                every block), unless both graphs do it equally often.
+        """
+        free = self.free(0)
         waiting: dict[Hashable, list[fx.Node]] = defaultdict(list)
         for b in reversed(self.free(1)):
             waiting[self._call_key(b, 1)].append(b)
-        for a in self.free(0):
+        times = {key: len(nodes) for key, nodes in waiting.items()}
+        alike = Counter(_call(a) for a in free)
+        for a in free:
             key = self._call_key(a, 0)
-            if key is not None and waiting.get(key):
-                self.pair(a, waiting[key].pop())
+            if key is None or not waiting.get(key) or (certain and alike[_call(a)] != times[key]):
+                continue
+            self.pair(a, waiting[key].pop())
 
     def _call_key(self, node: fx.Node, side: int) -> Hashable | None:
         operands: list[Any] = []
@@ -185,14 +198,15 @@ class _Matcher:
                 return None
         return (node.target, call_template(node)[0], *operands) if operands else None
 
-    def _upstream(self) -> None:
-        """Pair the operands of pairs, where they are of one kind."""
+    def _upstream(self, *, alone: bool) -> None:
+        """Pair the operands of pairs, where they are of one kind; ``alone``: only those with one reader."""
         for a in reversed(list(self.entries[0].graph.nodes)):
             b = self.forward.get(a)
             if b is None or len(a.all_input_nodes) != len(b.all_input_nodes):
                 continue
             for x, y in zip(a.all_input_nodes, b.all_input_nodes, strict=True):
-                if x.op == "call_function" and x not in self.forward and y not in self.taken and x.target == y.target:
+                fresh = x.op == "call_function" and x not in self.forward and y not in self.taken
+                if fresh and x.target == y.target and not (alone and (len(x.users) > 1 or len(y.users) > 1)):
                     self.pair(x, y)
 
     def by_order(self) -> None:
@@ -246,6 +260,11 @@ class _Matcher:
             return Change.WEIGHTS
         s, t = self.statistics.get(a), self.statistics.get(b)
         return Change.NUMBERS if s and t and s.read == t.read and s.digest != t.digest else Change(0)
+
+
+def _call(node: fx.Node) -> Hashable:
+    """What an operator computes from what."""
+    return node.target, call_template(node)[0], *node.all_input_nodes
 
 
 def _renamed(dims: Dims, others: Dims, ports: Mapping[fx.Node, fx.Node]) -> Dims:

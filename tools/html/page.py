@@ -146,4 +146,4 @@ def _script(text: str) -> str:
 def _escaped(text: str) -> str:
     for plain, escape in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ('"', "&quot;")):
         text = text.replace(plain, escape)
-    return text
+    return text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate can be in a text, and in no file

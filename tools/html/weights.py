@@ -30,8 +30,10 @@ class Statistics:
         read: how many numbers were read; fewer than there are when sampled.
         finite: how many of them are neither infinite nor NaN; the other figures are about these.
         zeros: how many are zero.
-        min, max, mean, std: of the finite ones, ``std`` of the whole population; 0 when there is none.
-        counts: how many fall into each of `BINS` equal intervals from ``min`` to ``max``.
+        min, max, mean, std: of the finite ones, ``std`` of the whole population; 0 when there is none. Sums beyond the
+            range of floats are infinite or NaN.
+        counts: how many fall into each of `BINS` equal intervals from ``min`` to ``max``; empty if these are so far
+            apart that their difference is no float.
         digest: a hash of the numbers that were read.
     """
 
@@ -85,18 +87,28 @@ def statistics(weight: Weight, limit: int) -> Statistics | None:
         zeros += int(good.size - np.count_nonzero(good))
         if good.size:
             low, high = min(low, float(good.min())), max(high, float(good.max()))
-            total += float(good.sum(dtype=np.float64))
+            with np.errstate(over="ignore", invalid="ignore"):
+                total += float(good.sum(dtype=np.float64))
     if not finite:
         return Statistics(read, 0, 0, 0.0, 0.0, 0.0, 0.0, (), state.hexdigest())
     mean, squares, counts = total / finite, 0.0, np.zeros(BINS, dtype=np.int64)
-    # One value for all: a range of one unit around it, so that it falls into the middle.
-    edges = (low, high) if high > low else (low - 0.5, low + 0.5)
+    edges = _edges(low, high)
     for numbers in _numbers(weight, count):
-        good = numbers[np.isfinite(numbers)]
-        counts += np.histogram(good.astype(np.float64) if good.dtype != np.float32 else good, BINS, edges)[0]
-        squares += float(np.square(good.astype(np.float64) - mean).sum())
+        good = numbers[np.isfinite(numbers)].astype(np.float64)
+        if math.isfinite(edges[1] - edges[0]):
+            counts += np.histogram(good, BINS, edges)[0]
+        with np.errstate(over="ignore", invalid="ignore"):
+            squares += float(np.square(good - mean).sum())
     std = math.sqrt(squares / finite)
-    return Statistics(read, finite, zeros, low, high, mean, std, tuple(map(int, counts)), state.hexdigest())
+    shown = tuple(map(int, counts)) if counts.any() else ()
+    return Statistics(read, finite, zeros, low, high, mean, std, shown, state.hexdigest())
+
+
+def _edges(low: float, high: float) -> tuple[float, float]:
+    """The histogram's range; around numbers that are all but equal, one that has room for them in the middle."""
+    scale = max(abs(low), abs(high))
+    room = 0.0 if high - low > 1e-9 * scale else max(0.5, scale / 4)
+    return low - room, high + room
 
 
 def _numbers(weight: Weight, count: int) -> Iterator[np.ndarray]:
