@@ -16,7 +16,7 @@ from torch import fx
 from ..ir.program import ORIGIN, Program
 
 if TYPE_CHECKING:
-    from ..ir.structure import BlockSite, Stream
+    from ..ir.structure import BlockSite, Stream, Structure
 
 
 @dataclass
@@ -65,13 +65,19 @@ def is_operator(node: fx.Node) -> bool:
     return node.op == "call_function"
 
 
-def find_parts(program: Program, entry: str = "main") -> list[Part]:
-    """An entry's parts in execution order, nothing collapsed. Without a residual stream: by module."""
+def find_parts(program: Program, entry: str = "main", found: Structure | None = None) -> list[Part]:
+    """An entry's parts in execution order, nothing collapsed. Without a residual stream: by module.
+
+    Args:
+        program: the program.
+        entry: which of its entries.
+        found: that entry's structure, if it is known.
+    """
     from ..ir.structure import structure
 
-    streams = structure(program, entry).streams
+    streams = (found if found is not None else structure(program, entry)).streams
     graph = program.entries[entry].graph
-    return _stream_parts(graph, streams) if streams else module_parts(graph)
+    return _stream_parts(graph, streams) if streams else module_parts(graph.nodes)
 
 
 def _stream_parts(graph: fx.Graph, streams: Sequence[Stream]) -> list[Part]:
@@ -159,13 +165,11 @@ def origin_tokens(origin: str) -> list[str]:
     return [token for token in re.split(r"[./]", origin) if token]
 
 
-def module_parts(graph: fx.Graph, depth: int = 3) -> list[Part]:
-    """A graph by module path, ``depth`` levels deep; for programs without a residual stream."""
+def module_parts(nodes: Iterable[fx.Node], depth: int = 3) -> list[Part]:
+    """Operators by module path, ``depth`` levels deep; for programs without a residual stream."""
     root = Part("program", "rest")
     index: dict[tuple[str, ...], Part] = {(): root}
-    for node in graph.nodes:
-        if not is_operator(node):
-            continue
+    for node in filter(is_operator, nodes):
         path: tuple[str, ...] = ()
         for token in origin_tokens(str(node.meta.get(ORIGIN) or ""))[:depth]:
             parent, path = index[path], (*path, token)

@@ -1,4 +1,4 @@
-"""The data of the HTML page: everything is there once, sums are the program's costs, and nothing in a name can do harm."""
+"""The data of the HTML page: everything is there once, sums are the costs, and nothing in a name can do harm."""
 
 from __future__ import annotations
 
@@ -91,15 +91,15 @@ class TestOneProgram:
         columns = side["nodes"]
         assert len({len(column) for column in columns.values()}) == 1
         assert len(texts) == len(set(texts))
-        for key in ("op", "what", "type", "at", "origin", "by", "call", "formula"):
+        for key in ("op", "what", "role", "type", "at", "origin", "by", "call", "formula"):
             assert all(0 <= place < len(texts) for place in columns[key]), key
         for call, op, reads in zip(columns["call"], columns["op"], columns["reads"], strict=True):
             gaps = texts[call].count("\x01")
             assert gaps == len(reads) or texts[op] in ("input", "output")
             for read in reads:
                 assert (
-                    isinstance(read, str)
-                    and read in program.subgraphs
+                    (isinstance(read, str)
+                    and read in program.subgraphs)
                     or (-len(side["weights"]) <= read < len(columns["name"]))
                 )
 

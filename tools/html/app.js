@@ -3,7 +3,7 @@
   const root = document.documentElement;
   const byId = (id) => document.getElementById(id);
   const keys = [
-    ["/", "search; op:  name:  origin:  weight:  by: look in one field"],
+    ["/", "search; op:  role:  name:  origin:  weight:  by: look in one field"],
     ["Esc", "select nothing: shows the whole model"],
     ["↑ ↓ ← →", "in the tree: move, open, close; in the graph: move along edges"],
     ["Enter", "open or close the selected site"],
@@ -58,7 +58,10 @@
     });
     const table = document.createElement("table");
     table.append(...rows);
-    byId("help").replaceChildren(table);
+    const licences = document.createElement("details");
+    licences.append(Object.assign(document.createElement("summary"), { textContent: "Licences of the libraries in this page: d3, elkjs" }));
+    licences.append(Object.assign(document.createElement("pre"), { textContent: byId("licences").textContent.trim() }));
+    byId("help").replaceChildren(table, licences);
     byId("help").showModal();
   };
 
@@ -113,7 +116,7 @@
   byId("tools").addEventListener("click", (event) => actions[event.target.dataset.do]?.());
   byId("theme").addEventListener("click", flipTheme);
   byId("keys").addEventListener("click", help);
-  byId("help").addEventListener("click", () => byId("help").close());
+  byId("help").addEventListener("click", (event) => event.target.closest("details") || byId("help").close());
   byId("measure").addEventListener("change", (event) => State.setMeasure(event.target.value));
 
   const nextMeasure = () => {

@@ -106,6 +106,7 @@ const Details = (() => {
     const rows = [
       ["name", ...both((n) => n.name)],
       ["operator", ...both((n) => n.op)],
+      ["role", ...both((n) => n.role)],
       ["type", ...both((n) => n.type)],
       ["at these sizes", ...both((n) => n.at)],
       ["call", ...both((n) => (n.call || n.reads.length ? call(n) : ""))],
@@ -167,7 +168,7 @@ const Details = (() => {
   };
 
   const legend = () => {
-    const kinds = [["attention", "attention"], ["mlp", "MLP"], ["conv", "convolution"], ["mixer", "other mixer"], ["port", "input, output"]];
+    const kinds = [["attention", "attention"], ["mlp", "MLP"], ["conv", "convolution"], ["mixer", "other mixer"], ["embedding", "embedding"], ["head", "head"], ["port", "input, output"]];
     const used = kinds.filter(([kind]) => Model.groups.some((group) => group.kind === kind));
     const marks = Model.two ? [badge("removed", "− removed"), badge("added", "+ added"), badge("changed", "~ changed")] : [];
     return section("Legend", make("div", { class: "legend" }, ...used.map(([kind, name]) => make("span", { class: `k-${kind}` }, swatch(), name)), ...marks),

@@ -11,7 +11,7 @@ const makeGraph = (side, host) => {
   marker.attr("markerUnits", "userSpaceOnUse").attr("markerWidth", 8).attr("markerHeight", 8).attr("orient", "auto");
   marker.append("path").attr("class", "arrow").attr("d", "M0,0.8 8,4 0,7.2z");
   const scene = svg.append("g").attr("class", "scene");
-  const [under, lines, over] = ["under", "lines", "over"].map((name) => scene.append("g").attr("class", name));
+  const [under, lines, over, heads] = ["under", "lines", "over", "heads"].map((name) => scene.append("g").attr("class", name));
   let drawn = { boxes: [], edges: [], standsFor: [], width: 1, height: 1 };
 
   const zoom = d3.zoom().scaleExtent([0.02, 3]).on("zoom", ({ transform }) => {
@@ -69,6 +69,16 @@ const makeGraph = (side, host) => {
     return around ? value / around : 0;
   };
 
+  // The title of an open site lies above the edges that cross it.
+  const head = function head(box) {
+    const g = d3.select(this);
+    g.selectAll(":scope > *").remove();
+    const top = box.tag ? 14 : 0;
+    if (box.tag) g.append("text").attr("class", "tag").attr("x", 10).attr("y", 13).text(box.tag);
+    g.append("text").attr("class", "title").attr("x", 26).attr("y", top + 17).text(box.title);
+    twist(g, box, top, true);
+  };
+
   const fill = function fill(box) {
     const g = d3.select(this);
     const { item } = box;
@@ -77,11 +87,11 @@ const makeGraph = (side, host) => {
     if (!item.row && !opened) g.append("rect").attr("class", "stack").attr("x", 3).attr("y", 3).attr("rx", 6).attr("width", box.width).attr("height", box.height);
     g.append("rect").attr("class", "body").attr("rx", item.row ? 5 : 7).attr("width", box.width).attr("height", box.height);
     const top = box.tag ? 14 : 0;
-    if (box.tag) g.append("text").attr("class", "tag").attr("x", 10).attr("y", 13).text(box.tag);
+    if (box.tag && !opened) g.append("text").attr("class", "tag").attr("x", 10).attr("y", 13).text(box.tag);
     const left = item.row ? 10 : 26;
-    g.append("text").attr("class", "title").attr("x", left).attr("y", top + 17).text(box.title);
+    if (!opened) g.append("text").attr("class", "title").attr("x", left).attr("y", top + 17).text(box.title);
     if (box.sub && !opened) g.append("text").attr("class", "sub").attr("x", left).attr("y", top + 31).text(box.sub);
-    if (!item.row) twist(g, box, top, opened);
+    if (!item.row && !opened) twist(g, box, top, opened);
     if (!opened && share(box) > 0.0005) {
       g.append("rect").attr("class", "cost").attr("x", 6).attr("y", box.height - 4).attr("height", 2.5).attr("rx", 1).attr("width", Math.max(1.5, share(box) * (box.width - 12)));
     }
@@ -117,12 +127,12 @@ const makeGraph = (side, host) => {
   };
 
   const draw = () => {
-    // Open sites lie under the edges, everything else above them.
+    // Open sites lie under the edges, but for their titles; everything else above them.
     const opened = drawn.boxes.filter((box) => box.children.length);
     const closed = drawn.boxes.filter((box) => !box.children.length);
-    for (const [layer, list] of [[under, opened], [over, closed]]) {
+    for (const [layer, list, paint] of [[under, opened, fill], [over, closed, fill], [heads, opened, head]]) {
       const items = layer.selectAll("g.item").data(list, (box) => box.key).join((enter) => enter.append("g").attr("class", "item"));
-      items.attr("transform", (box) => `translate(${box.x},${box.y})`).attr("data-key", (box) => box.key).each(fill).order();
+      items.attr("transform", (box) => `translate(${box.x},${box.y})`).attr("data-key", (box) => box.key).each(paint).order();
     }
     const sections = drawn.edges.flatMap((edge) => edge.points.map((points) => ({ ...edge, points })));
     const paths = lines.selectAll("path.edge").data(sections).join("path").attr("class", "edge");

@@ -15,9 +15,11 @@ from typing import Any, TypeVar
 from torch import fx
 
 from ...ir.program import Program
+from ...ir.structure import Structure
 from ..describe import describe_all
-from ..sites import Part, collapse, common_origin, find_parts, is_operator, join_origins
+from ..sites import Part, collapse, common_origin, is_operator, join_origins
 from .matching import Matching
+from .site_parts import site_parts
 
 LARGEST = 100
 T = TypeVar("T")
@@ -36,16 +38,23 @@ class Site(Part):
     sides: tuple[bool, bool] = (True, False)
 
 
-def sites(first: Program, second: Program | None, matchings: Mapping[str, Matching]) -> list[Site]:
+def sites(
+    first: Program,
+    second: Program | None,
+    matchings: Mapping[str, Matching],
+    structures: Sequence[Mapping[str, Structure]],
+) -> list[Site]:
     """The top of the tree: a site for each part of ``main``, then one for each other entry and nested graph.
 
     Args:
         first, second: the programs, before and after; or one.
         matchings: for each entry of both, what corresponds.
+        structures: each program's structures, by entry.
     """
     top: list[Site] = []
     for name in _names(first, second, lambda p: p.entries):
-        a, b = (_entry_parts(p, name) for p in (first, second))
+        a = _entry_parts(first, name, structures[0])
+        b = _entry_parts(second, name, structures[1]) if second is not None else []
         merged = _merge(a, b, matchings.get(name, Matching()))
         if name == "main":
             top += merged
@@ -62,13 +71,14 @@ def _names(first: Program, second: Program | None, of: Callable[[Program], Mappi
     return list(dict.fromkeys([*of(first), *(of(second) if second is not None else ())]))
 
 
-def _entry_parts(program: Program | None, name: str) -> list[Part]:
+def _entry_parts(program: Program, name: str, structures: Mapping[str, Structure]) -> list[Part]:
     """An entry's parts, its inputs and outputs among them."""
-    if program is None or name not in program.entries:
+    if name not in program.entries:
         return []
     entry = program.entries[name]
     inputs, outputs = Part("inputs", "port", own=entry.placeholders), Part("output", "port", own=[entry.output_node])
-    return [part for part in (inputs, *find_parts(program, name), outputs) if part.own or part.children]
+    parts = site_parts(program, name, structures[name])
+    return [part for part in (inputs, *parts, outputs) if part.own or part.children]
 
 
 def _graph_nodes(program: Program | None, name: str) -> list[fx.Node]:

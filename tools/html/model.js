@@ -26,6 +26,7 @@ const Model = (() => {
       name,
       op: text(columns.op[id]),
       what: text(columns.what[id]),
+      role: text(columns.role[id]),
       type: text(columns.type[id]),
       at: text(columns.at[id]),
       origin: text(columns.origin[id]),
@@ -153,7 +154,7 @@ const Model = (() => {
     // All groups around a group, itself last.
     path: (group) => (group ? [...Model.path(group.parent), group] : []),
     has: (group, side) => group.sums[side].count > 0,
-    title: (node) => node.what || node.op,
+    title: (node) => (node.role ? `${node.role}: ${node.what || node.op}` : node.what || node.op),
     // The members of a group (any depth) on one side.
     *members(group, side) {
       for (const item of group.items) {

@@ -35,6 +35,7 @@ SCRIPTS = (
 )
 LIBRARIES = ("d3.min.js", "elk-api.js")
 WORKER = "elk-worker.min.js"
+LICENCES = ("LICENSE-d3.txt", "LICENSE-elkjs.md")
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def page_data(program: Program, options: PageOptions, second: Program | None = N
     tree = Tree([side.numbers for side in sides], list(matchings.values()))
     data: dict[str, Any] = {
         "sides": [side.data() for side in sides],
-        "tree": tree.data(sites(program, second, matchings)),
+        "tree": tree.data(sites(program, second, matchings, [side.structures for side in sides])),
         "notes": list(options.notes),
     }
     if second is not None:
@@ -121,6 +122,7 @@ def assemble(data: Mapping[str, Any], title: str) -> str:
         data=_json(data),
         libraries="\n".join(f"<script>{_script(_asset(f'vendor/{name}'))}</script>" for name in LIBRARIES),
         worker=_script(_asset(f"vendor/{WORKER}")),
+        licences=_script("\n\n".join(_asset(f"vendor/{name}") for name in LICENCES)),
         script=_script("\n".join(map(_asset, SCRIPTS))),
     )
 

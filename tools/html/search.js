@@ -1,10 +1,11 @@
-// Search by operator, name, origin or weight. `op:conv`, `name:`, `origin:` and `weight:` look in one of them only.
+// Search by operator, name, origin or weight. `op:conv`, `role:`, `name:`, `origin:`, `by:` and `weight:` look in one of them only.
 const Search = (() => {
   const SHOWN = 60;
-  const fields = ["op", "name", "origin", "weight", "by"];
+  const fields = ["op", "role", "name", "origin", "weight", "by"];
 
   const nodeText = {
     op: (node) => `${node.op} ${node.what}`,
+    role: (node) => node.role,
     name: (node) => node.name,
     origin: (node) => node.origin,
     weight: () => "",

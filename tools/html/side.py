@@ -19,14 +19,17 @@ from ...ir.cost_rules import tensors
 from ...ir.dims import Dims, SizePrinter, size_expr
 from ...ir.liveness import shares_storage
 from ...ir.program import MADE_BY, ORIGIN, Entry, Program
+from ...ir.structure import structure
 from ...ir.weights import Weight
 from ..console import count, size
 from ..describe import describe, dtype_text, op_text, type_text
 from ..sizes import sizes_text, with_defaults
 from .calls import call_template
+from .site_parts import roles
 from .weights import Statistics
 
 _DIGITS = 6
+_SHOWN = 3
 
 
 class Texts:
@@ -56,6 +59,7 @@ class Side:
 
     Attributes:
         numbers: each node's number: of every graph, all nodes but weights and nested graphs.
+        structures: what was found in each entry.
     """
 
     def __init__(
@@ -79,13 +83,15 @@ class Side:
                 if node.op != "get_attr":
                     self.numbers[node] = len(self.numbers)
         self.cost = cost(program).at(**self.sizes)
+        self.structures = {name: structure(program, name) for name in program.entries}
+        self._roles = {node: role for found in self.structures.values() for node, role in roles(found).items()}
 
     def data(self) -> dict[str, Any]:
         """Everything, ready for JSON."""
         columns: dict[str, list[Any]] = {
-            key: [] for key in ("name", "op", "what", "type", "at", "origin", "by", "call", "macs", "formula", "moved")
+            key: [] for key in ("name", "op", "what", "role", "type", "at", "origin", "by", "call", "formula")
         }
-        columns |= {key: [] for key in ("out", "params", "reads")}
+        columns |= {key: [] for key in ("macs", "moved", "out", "params", "reads")}
         for name, graph in self.program.graphs.items():
             entry = self.program.entries.get(name)
             rows = _Rows(self, entry)
@@ -128,6 +134,10 @@ class Side:
     def _notes(self) -> list[str]:
         unknown = ", ".join(f"{times} x {op}" for op, times in self.cost.unknown.items())
         notes = [f"MACs unknown, counted as 0: {unknown}"] if unknown else []
+        for name, found in self.structures.items():
+            where = "" if name == "main" else f" in {name}"
+            lost = [str(missing) for missing in found.missing]
+            notes += lost[:_SHOWN] + ([f"and {len(lost) - _SHOWN} more{where}"] if len(lost) > _SHOWN else [])
         if self.program.subgraphs:
             notes.append("operators of nested graphs (control flow) are counted where these are run")
         return notes
@@ -158,6 +168,10 @@ class Side:
     def text(self, text: str) -> int:
         """The number of a text."""
         return self._texts(text)
+
+    def role(self, node: fx.Node) -> str:
+        """What a node is in its site; may be empty."""
+        return self._roles.get(node, "")
 
     def weight_number(self, node: fx.Node) -> int | None:
         """The number of the weight that a node is; None for a nested graph."""
@@ -195,6 +209,7 @@ class _Rows:
             "name": self.inputs.get(node, node.name),
             "op": texts(kind or op_text(node)),
             "what": texts((describe(node) if not kind else "") or ""),
+            "role": texts(self.side.role(node)),
             "type": texts(written if node.op != "output" else ""),
             "at": texts(numbers if numbers != written else ""),
             "origin": texts(str(node.meta.get(ORIGIN) or "")),

@@ -6,7 +6,7 @@ const State = (() => {
   let measure = Model.measures[0];
   let hits = { nodes: new Set(), groups: new Set() };
 
-  const closed = new Set(["rest", "step", "nested", "port"]);
+  const closed = new Set(["rest", "step", "nested", "port", "embedding", "head"]);
 
   const emit = (event, value) => (listeners.get(event) ?? []).forEach((listener) => listener(value));
   const on = (event, listener) => listeners.set(event, [...(listeners.get(event) ?? []), listener]);
