@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import select
-import shlex
 import shutil
-import subprocess
+import signal
 import time
 from collections import deque
 from pathlib import Path
@@ -47,18 +47,7 @@ class Browser:
             "--remote-debugging-pipe",
             "about:blank",
         ]
-        # The browser reads commands from file 3 and writes replies to file 4.
-        theirs_in, self._out = os.pipe()
-        self._in, theirs_out = os.pipe()
-        command = f"exec {shlex.join([executable, *switches])} 3<&{theirs_in} 4>&{theirs_out}"
-        self._process = subprocess.Popen(
-            ["sh", "-c", command],
-            pass_fds=(theirs_in, theirs_out),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        os.close(theirs_in)
-        os.close(theirs_out)
+        self._process = self._start(executable, switches)
         self._buffer = b""
         self._events: deque[dict[str, Any]] = deque()
         self._number = 0
@@ -71,6 +60,19 @@ class Browser:
             self._send(f"{domain}.enable")
         self.resize(*size)
 
+    def _start(self, executable: str, switches: list[str]) -> int:
+        """The process, which reads commands from its file 3 and writes replies to its file 4."""
+        theirs_in, self._out = os.pipe()
+        self._in, theirs_out = os.pipe()
+        # Numbers above 4, so that neither is overwritten by the other's place.
+        high = [fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, 10) for file in (theirs_in, theirs_out)]
+        quiet = [(os.POSIX_SPAWN_OPEN, file, os.devnull, os.O_WRONLY, 0) for file in (1, 2)]
+        places = [(os.POSIX_SPAWN_DUP2, file, place) for file, place in zip(high, (3, 4), strict=True)]
+        number = os.posix_spawn(executable, [executable, *switches], os.environ, file_actions=[*quiet, *places])
+        for file in (theirs_in, theirs_out, *high):
+            os.close(file)
+        return number
+
     def __enter__(self) -> Self:
         return self
 
@@ -81,8 +83,12 @@ class Browser:
             self._session = None
             self._send("Browser.close")
         except (OSError, EOFError, TimeoutError):
-            self._process.kill()
-        self._process.wait(timeout=_PATIENCE)
+            os.kill(self._process, signal.SIGKILL)
+        end = time.monotonic() + _PATIENCE
+        while os.waitpid(self._process, os.WNOHANG) == (0, 0):
+            if time.monotonic() > end:
+                os.kill(self._process, signal.SIGKILL)
+            time.sleep(0.02)
         os.close(self._in)
         os.close(self._out)
 
@@ -92,6 +98,7 @@ class Browser:
         self._events.clear()
         self._send("Page.navigate", url=path.resolve().as_uri())
         self.wait("document.documentElement?.dataset.layouts >= 1")
+        self.settle()
 
     def evaluate(self, expression: str) -> Any:
         """The value of a JavaScript expression (awaited).
@@ -109,6 +116,10 @@ class Browser:
         while not self.evaluate(condition):
             assert time.monotonic() < end, f"never true: {condition}; problems: {self.problems}"
             time.sleep(0.02)
+
+    def settle(self) -> None:
+        """Wait until everything that was opened or closed is drawn."""
+        self.wait("!('busy' in document.documentElement.dataset)")
 
     def press(self, key: str, text: str | None = None) -> None:
         """Press a key; ``text`` is what it types."""

@@ -97,10 +97,8 @@ class TestOneProgram:
             gaps = texts[call].count("\x01")
             assert gaps == len(reads) or texts[op] in ("input", "output")
             for read in reads:
-                assert (
-                    (isinstance(read, str)
-                    and read in program.subgraphs)
-                    or (-len(side["weights"]) <= read < len(columns["name"]))
+                assert (isinstance(read, str) and read in program.subgraphs) or (
+                    -len(side["weights"]) <= read < len(columns["name"])
                 )
 
     def test_the_numbers_in_shapes_are_those_of_a_run(self, name: str) -> None:
@@ -195,6 +193,32 @@ class TestMatching:
         after = without_layer(before, 1)
         renamed = parse_program(print_program(after), after.weights)
         self.check_layer(before, match(before, renamed))
+
+    def test_also_where_weights_are_read_through_other_operators_and_all_blocks_are_alike(self) -> None:
+        class Blocks(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.mats = torch.nn.ParameterList(torch.randn(2, 4, 4) for _ in range(6))
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                for mats in self.mats:
+                    x = x + (x.square().mean(-1, keepdim=True) * x) @ mats[0].t()
+                    x = x + (x @ mats[1].t()).relu()
+                return x
+
+        before = trace(Blocks(), (torch.zeros(2, 3, 4),))
+        order = [n for n in before.graph.nodes if n.op == "call_function"]
+        step = len(order) // 6
+        gone = order[2 * step : 4 * step]
+        after = before.clone()
+        twins = dict(zip(before.graph.nodes, after.graph.nodes, strict=True))
+        rewriter = Rewriter(after, "cut")
+        rewriter.replace(twins[gone[-1]], twins[order[2 * step - 1]])
+        rewriter.erase_dead()
+        renamed = parse_program(print_program(after), after.weights)
+        found = match(before, renamed)
+        assert [n for n in order if n not in found.forward] == gone
+        assert set(found.changes) <= set(gone[-1].users), "only what read the last of them reads something else"
 
     def check_layer(self, before: Program, found: Matching) -> None:
         lost = [n for n in before.graph.nodes if n.op == "call_function" and n not in found.forward]

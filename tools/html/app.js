@@ -81,8 +81,10 @@
       return;
     }
     busy = true;
+    root.dataset.busy = "";
     await redrawNow(anchor);
     busy = false;
+    if (!next) delete root.dataset.busy;
     if (next) {
       const { anchor: later } = next;
       next = null;
@@ -98,7 +100,7 @@
         ? `${Format.count(refused.refused)} boxes are too many to draw (at most ${Format.count(Layout.MOST)}): collapse some`
         : "";
       layouts += 1;
-      // For whoever measures: how many drawings there were, and how long the last one took.
+      // For whoever measures: how many drawings there were, how long the last one took, and `busy` while one is made.
       root.dataset.layouts = layouts;
       root.dataset.milliseconds = Math.round(Math.max(...results.map((result) => result.ms ?? 0)));
     } catch (error) {

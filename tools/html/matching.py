@@ -3,7 +3,8 @@
 Of a pipeline's result, operators that survived keep their names. Two files may name everything differently, so there:
 
 1. inputs and outputs, by name or else by place;
-2. operators that read weights: by the operator and the weights' names, or else by the weights' numbers;
+2. operators that read weights, or what is computed from weights only: by the operator and the weights' names, or else
+   by the weights' numbers;
 3. from these on along the edges, forward and backward: the same operator on values that correspond;
 4. between two that correspond, what is left in order (a longest common subsequence of operators and types).
 
@@ -97,13 +98,13 @@ class _Matcher:
         self.entries = (a, b)
         self.statistics = statistics
         self.forward: dict[fx.Node, fx.Node] = {}
-        self.taken: set[fx.Node] = set()
+        self.taken: dict[fx.Node, fx.Node] = {}
         self.weights = _weight_names(first, second, statistics)
         self.dims = (a.dims, b.dims)
 
     def pair(self, a: fx.Node, b: fx.Node) -> None:
         self.forward[a] = b
-        self.taken.add(b)
+        self.taken[b] = a
 
     def free(self, side: int) -> list[fx.Node]:
         """Operators that have no counterpart yet, in order."""
@@ -132,25 +133,43 @@ class _Matcher:
                 self.pair(a, b)
 
     def by_weights(self) -> None:
-        """Pair operators that alone read certain weights."""
-        keys = [self._unique(side, self._weight_key) for side in (0, 1)]
+        """Pair operators that alone read certain weights, also through what is computed from weights only."""
+        numbers: dict[Hashable, int] = {}
+        keys = [self._unique(side, self._constants(side, numbers)) for side in (0, 1)]
         for key, a in keys[0].items():
             if key in keys[1]:
                 self.pair(a, keys[1][key])
 
-    def _weight_key(self, node: fx.Node, side: int) -> Hashable | None:
-        names = [self._weight(n, side) for n in node.all_input_nodes if n.op == "get_attr"]
-        return (node.target, *names) if names else None
+    def _constants(self, side: int, numbers: dict[Hashable, int]) -> dict[fx.Node, Hashable]:
+        """For each operator that reads weights, which ones and how; equal on both sides where these are the same.
+
+        Args:
+            side: of which graph.
+            numbers: a number for each value that is computed from weights only; shared by both sides.
+        """
+        known: dict[fx.Node, int] = {}
+        keys: dict[fx.Node, Hashable] = {}
+        for node in self.entries[side].graph.nodes:
+            if node.op == "get_attr":
+                known[node] = numbers.setdefault(self._weight(node, side), len(numbers))
+            constant = [known[n] for n in node.all_input_nodes if n in known]
+            if node.op != "call_function" or not constant:
+                continue
+            keys[node] = (node.target, *constant)
+            if len(constant) == len(node.all_input_nodes):
+                value = (node.target, call_template(node)[0], *constant)
+                known[node] = numbers.setdefault(value, len(numbers))
+        return keys
 
     def _weight(self, node: fx.Node, side: int) -> str:
         name = str(node.target)
         return name if side else self.weights.get(name, f"{name} (only before)")
 
-    def _unique(self, side: int, key_of: Any) -> dict[Hashable, fx.Node]:
+    def _unique(self, side: int, keys: Mapping[fx.Node, Hashable]) -> dict[Hashable, fx.Node]:
         found: dict[Hashable, list[fx.Node]] = defaultdict(list)
         for node in self.free(side):
-            if (key := key_of(node, side)) is not None:
-                found[key].append(node)
+            if node in keys:
+                found[keys[node]].append(node)
         return {key: nodes[0] for key, nodes in found.items() if len(nodes) == 1}
 
     def spread(self) -> None:
@@ -206,8 +225,20 @@ class _Matcher:
                 continue
             for x, y in zip(a.all_input_nodes, b.all_input_nodes, strict=True):
                 fresh = x.op == "call_function" and x not in self.forward and y not in self.taken
-                if fresh and x.target == y.target and not (alone and (len(x.users) > 1 or len(y.users) > 1)):
+                if not fresh or x.target != y.target:
+                    continue
+                if (len(x.users) == len(y.users) == 1) if alone else self._agree(x, y):
                     self.pair(x, y)
+
+    def _agree(self, x: fx.Node, y: fx.Node) -> bool:
+        """Whether no operand of either is known to correspond to something else.
+
+        What follows a removed block reads what that one read; its operand is not the removed block's result.
+        """
+        for u, v in zip(x.all_input_nodes, y.all_input_nodes, strict=False):
+            if self.forward.get(u, v) is not v or self.taken.get(v, u) is not u:
+                return False
+        return True
 
     def by_order(self) -> None:
         """Between pairs that are in the same order in both graphs, pair what is left in order."""
@@ -274,7 +305,8 @@ def _renamed(dims: Dims, others: Dims, ports: Mapping[fx.Node, fx.Node]) -> Dims
     for a, b in ports.items():
         shapes = [getattr(node.meta.get("val"), "shape", ()) for node in (a, b)]
         for x, y in zip(*shapes, strict=False):
-            if (symbol := size_expr(x)) in by_symbol and isinstance(size_expr(y), sympy.Symbol):
+            symbol = size_expr(x)
+            if isinstance(symbol, sympy.Symbol) and symbol in by_symbol and isinstance(size_expr(y), sympy.Symbol):
                 names.setdefault(by_symbol[symbol], others.format(y))
     return Dims({n: replace(dim, name=names.get(n, n)) for n, dim in dims.by_name.items()}, dims.guards)
 

@@ -127,13 +127,14 @@ const Model = (() => {
     }
     const firsts = [...children, ...rows].map((item) => item.first).filter((first) => first !== null);
     group.first = firsts.length ? Math.min(...firsts) : null;
-    group.status = statusOf(group.statuses);
+    group.status = statusOf(group);
     return group;
   };
 
-  const statusOf = ({ removed, added, changed, same }) => {
-    if (removed && !added && !changed && !same) return "removed";
-    if (added && !removed && !changed && !same) return "added";
+  // A site that only one side has is gone or new, also if some operators in it have a counterpart elsewhere.
+  const statusOf = ({ sums, statuses: { removed, added, changed } }) => {
+    if (removed && !sums[1].count) return "removed";
+    if (added && !sums[0].count) return "added";
     return removed || added || changed ? "changed" : "same";
   };
 

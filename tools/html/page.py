@@ -128,7 +128,7 @@ def assemble(data: Mapping[str, Any], title: str) -> str:
 
 
 def _asset(name: str) -> str:
-    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+    return resources.files(__name__.rpartition(".")[0]).joinpath(name).read_text(encoding="utf-8")
 
 
 def _json(data: Mapping[str, Any]) -> str:

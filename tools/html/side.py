@@ -264,7 +264,9 @@ class _Rows:
         env = self.side.program.fake_mode.shape_env
         hints: Mapping[Any, Any] = env.backed_var_to_val if env is not None else {}
         symbols: Sequence[Any] = sorted(extent.free_symbols, key=str)
-        return int(extent.xreplace({s: sympy.Integer(int(values.get(s, hints.get(s, 1)))) for s in symbols}))
+        numbers = {s: sympy.Integer(int(values.get(s, hints.get(s, 1)))) for s in symbols}
+        value: Any = extent.xreplace(numbers)
+        return int(value)
 
 
 def _type(value: Any, dims: Dims) -> str:
