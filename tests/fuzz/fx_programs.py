@@ -305,8 +305,8 @@ class _Builder:
             return []
         width = x.shape[-1]
         if self.draw(st.booleans()):
-            return self.call(F.rms_norm, x, [width], self.parameter(width), 0.1)
-        return self.call(F.layer_norm, x, [width], self.parameter(width), self.parameter(width), 0.1)
+            return self.call(F.rms_norm, x, [width], self.parameter(width), 0.125)
+        return self.call(F.layer_norm, x, [width], self.parameter(width), self.parameter(width), 0.125)
 
     def _linear(self) -> list[_Value]:
         x = self.floating(1)
