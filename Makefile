@@ -4,6 +4,8 @@
 PYTHON ?= python3
 JOBS ?= 2
 SUITE ?= compiler
+FUZZ_SECONDS ?= 600
+SEED ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 
@@ -16,7 +18,7 @@ MIRROR := build/typecheck/graphlathe
 MIRRORED := graphlathe/__init__.py graphlathe/__main__.py graphlathe/py.typed ir kernels passes runtime tools
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-full goldens lint format types bench clean
+.PHONY: help setup demo test test-slow fuzz test-full goldens lint format types bench clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 20
@@ -37,6 +39,9 @@ test: $(STAMP) ## the quick tests
 
 test-slow: $(STAMP) ## the others: the whole zoo through every pass and export, packaging
 	$(BIN)/python -m pytest -m slow -n $(JOBS) --dist loadgroup
+
+fuzz: $(STAMP) ## random models and damaged files: make fuzz FUZZ_SECONDS=600 SEED=1
+	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS) $(if $(SEED),--seed $(SEED))
 
 test-full: test test-slow ## all tests
 

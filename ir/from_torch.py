@@ -184,7 +184,8 @@ def _own_tensors(values: list[Any]) -> list[Any]:
             return leaf
         leaf = leaf.clone() if id(leaf) in seen else leaf
         seen.add(id(leaf))
-        return leaf.contiguous()
+        # torch.export marks dynamic dimensions on the tensors that it is given, and leaves the marks there when it fails.
+        return leaf.contiguous().detach()
 
     return [pytree.tree_map(own, value) for value in values]
 

@@ -43,6 +43,7 @@ class Format(StrEnum):
     tree = "tree"
     table = "table"
     dot = "dot"
+    html = "html"
 
 
 class Sort(StrEnum):
@@ -119,9 +120,17 @@ def dump(
     by: Annotated[By, typer.Option(help="table: a row per node, per site, or per module")] = By.node,
     limit: Annotated[int, typer.Option(min=0, help="table: at most this many rows (0: all)")] = 0,
     sizes: Sizes = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="html: a second model, shown to the right with what differs"),
+    ] = None,
+    statistics: Annotated[
+        int,
+        typer.Option(min=0, metavar="N", help="html: numbers of weights to read in all; beyond, weights are sampled"),
+    ] = 1 << 28,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="write to a file")] = None,
 ) -> None:
-    """Print a model's graph: as text, as a tree of its blocks, as a table of costs, or for Graphviz."""
+    """Print a model's graph: text, a tree of its blocks, a table of costs, Graphviz, or an HTML page to explore."""
     from .dump import DumpOptions, dump_to
 
     options = DumpOptions(
@@ -131,6 +140,8 @@ def dump(
         by=by.value,
         limit=limit,
         sizes=sizes or (),
+        against=against,
+        statistics=statistics,
     )
     dump_to(path, options, output)
 
@@ -171,6 +182,9 @@ def optimize(
     ] = None,
     opset: Annotated[int | None, typer.Option(help="ONNX operator set of the output")] = None,
     report: Annotated[Path | None, typer.Option(help="write the report as JSON")] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="write a page that shows the model before and after")
+    ] = None,
     budget: Annotated[
         list[str] | None,
         typer.Option(
@@ -218,6 +232,7 @@ def optimize(
             example=example,
             opset=opset,
             report=report,
+            html=html,
             verify=verify,
             dump_dir=dump_dir,
             stop_after=stop_after,

@@ -1,4 +1,4 @@
-"""``graphlathe dump``: a model as text, as a tree of its blocks, as a table of costs, or for Graphviz."""
+"""``graphlathe dump``: a model as text, a tree of its blocks, a table of costs, for Graphviz, or as a page of HTML."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ from pathlib import Path
 
 from rich.console import Console, RenderableType
 
+from ..ir.errors import InputError
 from ..ir.program import Program
 from .console import PIPED_WIDTH, console
 from .files import check_writable, write_atomically
-from .sizes import parse_sizes
+from .sizes import parse_sizes, sizes_of_each
+
+NUMBERS_READ = 1 << 28
+"""How many numbers of weights a page's statistics are made of, unless told otherwise; beyond, weights are sampled."""
 
 
 @dataclass(frozen=True)
@@ -21,12 +25,14 @@ class DumpOptions:
     """What to print.
 
     Attributes:
-        format: ``text``, ``tree``, ``table`` or ``dot``.
+        format: ``text``, ``tree``, ``table``, ``dot`` or ``html``.
         origins: text: where each node came from, and which pass made it.
         sort: table: ``order``, ``macs``, ``bytes`` or ``params``.
         by: table: ``node``, ``site`` or ``origin``.
         limit: table: at most this many rows; 0 for all.
         sizes: ``NAME=N`` for dynamic dimensions.
+        against: html: a second model, shown beside the first with what differs.
+        statistics: html: how many numbers of weights to read, in all.
     """
 
     format: str = "tree"
@@ -35,15 +41,28 @@ class DumpOptions:
     by: str = "node"
     limit: int = 0
     sizes: Sequence[str] = ()
+    against: Path | None = None
+    statistics: int = NUMBERS_READ
 
 
 def dump_to(path: Path, options: DumpOptions, output: Path | None) -> None:
-    """Load a model and print it, or write it to a file."""
+    """Load a model and print it, or write it to a file.
+
+    Raises:
+        InputError: a page of HTML for a terminal, or a second model where only one is shown.
+        ImportModelError: a model cannot be read.
+        ExportError: the output cannot be written.
+    """
     from ..ir.load import load
 
     if output is not None:
         check_writable(output)
-    rendered = render(load(path), options, title=path.name or str(path))
+    elif options.format == "html" and sys.stdout.isatty():
+        raise InputError("a page of HTML is not for a terminal", remedy="name a file: -o page.html")
+    if options.against is not None and options.format != "html":
+        raise InputError("--against is for --format html", remedy="add --format html")
+    second = load(options.against) if options.against is not None else None
+    rendered = render(load(path), options, title=path.name or str(path), second=second)
     if output is not None:
         write_atomically(output, to_text(rendered))
     elif sys.stdout.isatty() and not isinstance(rendered, str):
@@ -52,8 +71,22 @@ def dump_to(path: Path, options: DumpOptions, output: Path | None) -> None:
         print(to_text(rendered), end="")
 
 
-def render(program: Program, options: DumpOptions, title: str = "program") -> str | RenderableType:
-    """A program in one of the formats; the tree and the table come as Rich objects, with colors."""
+def render(
+    program: Program, options: DumpOptions, title: str = "program", second: Program | None = None
+) -> str | RenderableType:
+    """A program in one of the formats; the tree and the table come as Rich objects, with colors.
+
+    Args:
+        program: the program.
+        options: the format, and what it shows.
+        title: what it is called.
+        second: html: a program to show beside it.
+
+    Raises:
+        InputError: a size is wrong.
+    """
+    if options.format == "html":
+        return _page(program, options, title, second)
     sizes = parse_sizes(options.sizes, program)
     match options.format:
         case "text":
@@ -71,6 +104,16 @@ def render(program: Program, options: DumpOptions, title: str = "program") -> st
             from .dump_tree import tree
 
             return tree(program, title, sizes)
+
+
+def _page(program: Program, options: DumpOptions, title: str, second: Program | None) -> str:
+    from .html.page import PageOptions, html_page
+
+    programs = [program] if second is None else [program, second]
+    sizes = sizes_of_each(options.sizes, programs)
+    name = options.against.name if options.against is not None else "after"
+    page = PageOptions(title, name, sizes[0], sizes[-1], numbers=options.statistics)
+    return html_page(program, page, second)
 
 
 def to_text(rendered: str | RenderableType) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..ir.errors import ExportError, InputError
 from ..ir.program import Program
@@ -13,6 +13,9 @@ from .examples import example_feeds
 from .files import check_writable, write_atomically
 from .sizes import parse_sizes
 from .tokens import calibration_feeds, check_calibration
+
+if TYPE_CHECKING:
+    from ..passes.optimize import Optimized
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class OptimizeOptions:
     example: str | None = None
     opset: int | None = None
     report: Path | None = None
+    html: Path | None = None
     verify: int = 1
     dump_dir: Path | None = None
     stop_after: str | None = None
@@ -74,10 +78,21 @@ def optimize_file(path: Path, options: OptimizeOptions) -> None:
     )
     out = console()
     out.print(optimized.report)
+    if options.html is not None:
+        write_atomically(options.html, _page(path, program, optimized, options))
     _write(optimized, options, out)
     if question is not None:
         for line in answer(question, optimized.report, program, optimized):
             out.print(line, markup=False)
+
+
+def _page(path: Path, program: Program, optimized: Optimized, options: OptimizeOptions) -> str:
+    """The model before and after, with what every pass did, as a page of HTML."""
+    from .html.page import PageOptions, html_page
+
+    notes = tuple(f"{row.text}: {row.verdict}" for row in optimized.report.rows)
+    after = options.output.name if options.output is not None else "optimized"
+    return html_page(program, PageOptions(path.name, after, optimized.report.sizes, notes=notes), optimized)
 
 
 def _example(program: Program, text: str | None) -> dict[str, Any] | None:
@@ -129,8 +144,9 @@ def _check_outputs(path: Path, options: OptimizeOptions) -> None:
 
         if options.opset not in OPSETS:
             raise ExportError(f"opset {options.opset} is not supported", expected=f"{OPSETS[0]} to {OPSETS[-1]}")
-    if options.report is not None:
-        check_writable(options.report)
+    for file in (options.report, options.html):
+        if file is not None:
+            check_writable(file)
     if options.dump_dir is not None:
         check_writable(options.dump_dir, folder=True)
 
@@ -143,7 +159,7 @@ def _write(optimized: Any, options: OptimizeOptions, out: Any) -> None:
         optimized.save(output)
     if options.report is not None:
         write_atomically(options.report, optimized.report.to_json() + "\n")
-    for path in (output, options.report):
+    for path in (output, options.report, options.html):
         if path is not None:
             total = (
                 sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size

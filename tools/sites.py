@@ -16,7 +16,7 @@ from torch import fx
 from ..ir.program import ORIGIN, Program
 
 if TYPE_CHECKING:
-    from ..ir.structure import BlockSite, Stream
+    from ..ir.structure import BlockSite, Stream, Structure
 
 
 @dataclass
@@ -29,6 +29,7 @@ class Part:
         own: operators that are in none of the children.
         children: parts inside it.
         signature: equal for parts that are the same up to names and weights' values; empty if never.
+        note: why it was recognised, or what is known of it; may be empty.
         times: how many equal parts this one stands for; then `copies` holds the others.
         copies: the parts that were collapsed into this one.
     """
@@ -39,6 +40,7 @@ class Part:
     children: list[Part] = field(default_factory=list)
     signature: str = ""
     copies: list[Part] = field(default_factory=list)
+    note: str = ""
 
     @property
     def times(self) -> int:
@@ -63,15 +65,22 @@ def is_operator(node: fx.Node) -> bool:
     return node.op == "call_function"
 
 
-def find_parts(program: Program) -> list[Part]:
-    """The main graph's parts in execution order, nothing collapsed. Without a residual stream: by module."""
+def find_parts(program: Program, entry: str = "main", found: Structure | None = None) -> list[Part]:
+    """An entry's parts in execution order, nothing collapsed. Without a residual stream: by module.
+
+    Args:
+        program: the program.
+        entry: which of its entries.
+        found: that entry's structure, if it is known.
+    """
     from ..ir.structure import structure
 
-    streams = structure(program).streams
-    return _stream_parts(program, streams) if streams else module_parts(program)
+    streams = (found if found is not None else structure(program, entry)).streams
+    graph = program.entries[entry].graph
+    return _stream_parts(graph, streams) if streams else module_parts(graph.nodes)
 
 
-def _stream_parts(program: Program, streams: Sequence[Stream]) -> list[Part]:
+def _stream_parts(graph: fx.Graph, streams: Sequence[Stream]) -> list[Part]:
     """The streams' own operators go to their branch or block; the others by the last stream value they depend on."""
     place, parts, regions = _skeleton(streams)
     points = {point: (k, i) for k, stream in enumerate(streams) for i, point in enumerate(stream.points)}
@@ -79,7 +88,7 @@ def _stream_parts(program: Program, streams: Sequence[Stream]) -> list[Part]:
     beside = Part("beside the stream" if len(streams) == 1 else "beside the streams", "rest")
     nowhere = (-1, -1)
     reach: dict[fx.Node, tuple[int, int]] = {}
-    for node in program.graph.nodes:
+    for node in graph.nodes:
         before = max((reach[a] for a in node.all_input_nodes), default=nowhere)
         reach[node] = points.get(node, before)
         if not is_operator(node):
@@ -117,9 +126,10 @@ def _skeleton(
 
 
 def _block(block: BlockSite, place: dict[fx.Node, Part]) -> Part:
-    site = Part("block", "block", signature=block.shape_class)
+    blocked = "" if block.droppable else f"cannot be dropped: {block.reason}"
+    site = Part("block", "block", signature=block.shape_class, note=blocked)
     for branch in block.branches:
-        leaf = Part(f"cross-{branch.kind}" if branch.cross else branch.kind, branch.kind)
+        leaf = Part(f"cross-{branch.kind}" if branch.cross else branch.kind, branch.kind, note=branch.why)
         site.children.append(leaf)
         for node in branch.nodes:
             place.setdefault(node, leaf)
@@ -155,13 +165,11 @@ def origin_tokens(origin: str) -> list[str]:
     return [token for token in re.split(r"[./]", origin) if token]
 
 
-def module_parts(program: Program, depth: int = 3) -> list[Part]:
-    """The main graph by module path, ``depth`` levels deep; for programs without a residual stream."""
+def module_parts(nodes: Iterable[fx.Node], depth: int = 3) -> list[Part]:
+    """Operators by module path, ``depth`` levels deep; for programs without a residual stream."""
     root = Part("program", "rest")
     index: dict[tuple[str, ...], Part] = {(): root}
-    for node in program.graph.nodes:
-        if not is_operator(node):
-            continue
+    for node in filter(is_operator, nodes):
         path: tuple[str, ...] = ()
         for token in origin_tokens(str(node.meta.get(ORIGIN) or ""))[:depth]:
             parent, path = index[path], (*path, token)

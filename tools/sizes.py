@@ -33,6 +33,22 @@ def parse_sizes(texts: Sequence[str], program: Program) -> dict[str, int]:
     return sizes
 
 
+def sizes_of_each(texts: Sequence[str], programs: Sequence[Program]) -> list[dict[str, int]]:
+    """The sizes for several programs, each of which need not have all the dimensions.
+
+    Raises:
+        InputError: as `parse_sizes` does, and for a name that none of them has.
+    """
+    items = [part.strip() for text in texts for part in text.split(",") if part.strip()]
+    known = {name for program in programs for name in program.main.dims.by_name}
+    if unknown := [item for item in items if item.partition("=")[0].strip() not in known]:
+        parse_sizes(unknown, programs[0])
+    return [
+        parse_sizes([i for i in items if i.partition("=")[0].strip() in program.main.dims.by_name], program)
+        for program in programs
+    ]
+
+
 def with_defaults(sizes: dict[str, int], program: Program) -> dict[str, int]:
     """The sizes, completed by those of the example that was traced."""
     return {name: sizes.get(name, dim.hint) for name, dim in program.main.dims.by_name.items()}

@@ -101,7 +101,14 @@ def read_model(path: Path) -> OnnxModel:
 
         fill()
         known = [(f.domain, f.name) for f in proto.functions if find(f.domain, f.name, 1) is not None]
-        proto = onnx.inliner.inline_selected_functions(proto, known, exclude=True)
+        try:
+            proto = onnx.inliner.inline_selected_functions(proto, known, exclude=True)
+        except Exception as error:
+            detail = " ".join(str(error).split())[:300]
+            raise ImportModelError(
+                f"the functions of '{path}' cannot be inlined: {detail}",
+                expected="functions that do not call themselves, nor each other too deeply",
+            ) from error
     opset = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), 0)
     if not 1 <= opset <= onnx.defs.onnx_opset_version():
         raise ImportModelError(

@@ -282,7 +282,7 @@ class Walk(nn.Module):
             elif (
                 entry.parameter(position) in entry.known
                 and isinstance(value, Host)
-                and (len(value.items) == 1 or value.name not in self.tensors)
+                and (len(value.items) == 1 or value.name not in self.tensors or _has_negative(value))
             ):
                 arguments.append(value)
             elif (
@@ -337,6 +337,11 @@ class Walk(nn.Module):
                 remedy="the file is not a valid ONNX graph: onnx.checker.check_model says where",
             )
         return scope.env[name]
+
+
+def _has_negative(value: Host) -> bool:
+    """Whether an index counts from the end; a lookup in a table of embeddings takes no such one."""
+    return any(isinstance(item, int) and item < 0 for item in value.items)
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,24 @@ def average_pool(t: Translator, node: fx.Node, x: ir.Value, kernel: Any, *rest: 
     return t.recorder.op("Mul", mean, t.recorder.constant(math.prod(window) / divisor, dtype))
 
 
+@special(aten.amax.default, aten.amin.default)
+def extreme(t: Translator, node: fx.Node, x: ir.Value, dim: Any = (), keepdim: bool = False) -> Any:
+    """Over all dimensions (of a scalar, too), where PyTorch's translation demands a list of some."""
+    if dim or node.meta["val"].dtype == torch.bool:
+        return NotImplemented
+    return t.recorder.op("ReduceMax" if node.target is aten.amax.default else "ReduceMin", x, keepdims=int(keepdim))
+
+
+@special(aten.cat.default)
+def concatenate_nothing(t: Translator, node: fx.Node, parts: Any, dim: int = 0) -> Any:
+    """Parts that are all empty; PyTorch's translation drops such ones until none is left."""
+    values = [part.meta["val"] for part in node.all_input_nodes]
+    rank = node.meta["val"].dim()
+    if any(value.dim() != rank or not any(isinstance(n, int) and n == 0 for n in value.shape) for value in values):
+        return NotImplemented
+    return t.recorder.op("Concat", *parts, axis=dim % rank)
+
+
 @special(aten.cumprod.default)
 def running_product(t: Translator, node: fx.Node, x: ir.Value, dim: int, dtype: Any = None) -> Any:
     """The products of all beginnings, side by side: ONNX has a running product from opset 26 on only."""

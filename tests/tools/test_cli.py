@@ -93,6 +93,23 @@ class TestDump:
         ]
         assert blocks[0] == blocks[1] != []
 
+    def test_a_page_of_one_model_and_of_two(self, command: Callable[..., Any], tmp_path: Path) -> None:
+        assert command("dump {files}/saved --format html -o one.html")[0] == 0
+        code, out, err = command("dump {files}/saved --format html --against {files}/model.onnx --statistics 1000")
+        assert code == 0, err
+        sides = [page_sides(text) for text in ((tmp_path / "one.html").read_text(), out)]
+        assert [[side["title"] for side in page] for page in sides] == [["saved"], ["saved", "model.onnx"]]
+        assert all(side["totals"]["params"] == traced(MODEL).parameter_count for page in sides for side in page)
+        read = sum(weight["stats"]["read"] for side in sides[1] for weight in side["weights"] if "stats" in weight)
+        assert 0 < read <= 1000
+
+
+def page_sides(page: str) -> list[dict[str, Any]]:
+    """The programs in a page of HTML."""
+    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    assert data is not None
+    return json.loads(data.group(1))["sides"]
+
 
 class TestOptimize:
     LINE = "optimize {files}/saved -p canonicalize,drop-layers{{indices=0}}"
@@ -132,6 +149,15 @@ class TestOptimize:
         for name in ("a.json", "b.json"):
             rows = json.loads((tmp_path / name).read_text())["passes"]
             assert not any(row["pass"].startswith("drop-layers") and row["mutations"] for row in rows)
+
+    def test_html_shows_before_and_after(self, command: Callable[..., Any], tmp_path: Path) -> None:
+        code, _, err = command(f"{self.LINE} -o small.onnx --html page.html")
+        assert code == 0, err
+        page = (tmp_path / "page.html").read_text()
+        a, b = page_sides(page)
+        assert (a["title"], b["title"]) == ("saved", "small.onnx")
+        assert a["totals"]["params"] > b["totals"]["params"] and b["history"][-1].startswith("drop-layers")
+        assert '"notes":["canonicalize: ' in page
 
     def test_dump_dir(self, command: Callable[..., Any], tmp_path: Path) -> None:
         assert command(f"{self.LINE} --dump-dir dumps")[0] == 0
@@ -225,7 +251,11 @@ BAD = [
     ("dump", "Missing argument"),
     ("dmp {files}/saved", "dump"),
     ("dump {files}/saved --orgins", "--origins"),
+    ("dump {files}/saved --against {files}/model.onnx", "--format html"),
+    ("dump {files}/saved --format html --against none.onnx", "none.onnx"),
+    ("dump {files}/saved --format html -o missing/page.html", "create it"),
     ("optimize {files}/saved", "--passes"),
+    ("optimize {files}/saved -p cse --html missing/page.html", "create it"),
     ("optimize {files}/saved -p drop-layer", "did you mean 'drop-layers'?"),
     ("optimize {files}/saved -p drop-layers{{ratoi=0.2}}", "did you mean 'ratio'?"),
     ("optimize {files}/saved -p drop-layers{{ratio=1.5}}", "ratio"),
