@@ -140,7 +140,8 @@ def _spelled_out(
     precision: int | None,
 ) -> tuple[Tensor, Tensor]:
     """The result, and the scores as they are before the cap (mode 0), after it (1), with the mask (2), or as weights
-    (3)."""
+    (3).
+    """
     groups = query.shape[1] // key.shape[1]
     if groups != 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -204,8 +205,5 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, width: int, interleaved: bool) -
     else:
         first, second = turned[..., :half], turned[..., half:]
     real, imaginary = first * cos - second * sin, first * sin + second * cos
-    if interleaved:
-        result = torch.stack([real, imaginary], -1).flatten(-2)
-    else:
-        result = torch.cat([real, imaginary], -1)
+    result = torch.stack([real, imaginary], -1).flatten(-2) if interleaved else torch.cat([real, imaginary], -1)
     return result if width == x.shape[-1] else torch.cat([result, rest], -1)

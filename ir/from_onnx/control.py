@@ -38,7 +38,8 @@ def _turns(count: Any, what: str) -> int:
 @operator("Loop", host=("trips", "condition"), raw=("state",))
 def loop(trips: Host | None, condition: Host | None, *state: Value, body: Body, walk: Walk) -> list[Value]:
     """Unrolled. The body takes the turn's number, the condition and the state, and returns the condition, the state
-    and one element of each collected output."""
+    and one element of each collected output.
+    """
     most = _turns(trips.item, "the trip count of a Loop") if trips is not None else None
     alive: Any = True if condition is None else condition.item
     carried, rows = list(state), list[list[Value]]()

@@ -248,7 +248,8 @@ def max_unpool(
     strides: Sequence[int] | None = None,
 ) -> Tensor:
     """Each value at its index in the flat result that the kernel, strides and pads imply, zeros elsewhere; a larger
-    ``output_shape`` adds zeros at the ends."""
+    ``output_shape`` adds zeros at the ends.
+    """
     spatial = x.dim() - 2
     strides, pads = list(strides or [1] * spatial), list(pads or [0] * 2 * spatial)
     implied = [

@@ -25,15 +25,18 @@ Function = Callable[..., Any]
 MODULES = (
     "attention",
     "control",
+    "detection",
     "elementwise",
     "host",
     "indexing",
     "layers",
     "normalization",
     "pooling",
+    "recurrent",
     "reduce",
     "resize",
     "shape",
+    "signal",
 )
 """The files that hold operators, one group each."""
 

@@ -93,6 +93,30 @@ def dropout(t: Translator, node: fx.Node, x: ir.Value, p: float, train: bool) ->
     return NotImplemented if train else x
 
 
+@special(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+def convolution(t: Translator, node: fx.Node, x: ir.Value, weight: ir.Value, *rest: Any, **options: Any) -> Any:
+    """Without a bias, none: PyTorch's translation adds zeros, in three dimensions in a shape that is not legal."""
+    names = ("bias", "stride", "padding", "dilation", "groups")
+    given = dict(zip(names, rest, strict=False)) | options
+    value = node.meta["val"]
+    if given.get("bias") is not None or value.is_complex():
+        return NotImplemented
+    rank = value.dim() - 2
+    stride, padding, dilation = (
+        list(v) * (rank if len(v) == 1 else 1)
+        for v in (given.get("stride") or [1], given.get("padding") or [0], given.get("dilation") or [1])
+    )
+    return t.recorder.op(
+        "Conv",
+        x,
+        weight,
+        strides=stride,
+        pads=padding * 2,
+        dilations=dilation,
+        group=given.get("groups", 1),
+    )
+
+
 @special(aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default)
 def average_pool(t: Translator, node: fx.Node, x: ir.Value, kernel: Any, *rest: Any, **options: Any) -> Any:
     """With a divisor of its own: the mean over the window, times the window's size over the divisor."""
@@ -119,7 +143,7 @@ def running_product(t: Translator, node: fx.Node, x: ir.Value, dim: int, dtype: 
     """The products of all beginnings, side by side: ONNX has a running product from opset 26 on only."""
     op, value = t.recorder.op, node.meta["val"]
     axis, rank = dim % max(value.dim(), 1), value.dim()
-    if dtype is not None or rank == 0:
+    if rank == 0 or node.args[0].meta["val"].dtype != value.dtype:  # type: ignore[union-attr]
         return NotImplemented
     zero, one = (t.recorder.constant(n, ir.DataType.INT64) for n in (0, 1))
     length = op("Squeeze", op("Shape", x, start=axis, end=axis + 1), t.vector([0]))

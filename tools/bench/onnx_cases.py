@@ -123,7 +123,8 @@ def same(actual: np.ndarray, expected: np.ndarray, case: Case) -> str | None:
 @cache
 def cases() -> dict[str, Case]:
     """All cases whose inputs and outputs are plain tensors, by name: no strings, sequences, optionals, floats below 16
-    bits, integers below 8 bits, training, or ``ai.onnx.ml``."""
+    bits, integers below 8 bits, training, or ``ai.onnx.ml``.
+    """
     from onnx.backend.test.loader import load_model_tests
 
     found: dict[str, Case] = {}

@@ -1,4 +1,4 @@
-"""The work of suite ``onnx-coverage``: one case through import, run, export and ONNX Runtime, in a process of its own."""
+"""The work of suite ``onnx-coverage``: one case through import, run, export and ONNX Runtime."""
 
 from __future__ import annotations
 
