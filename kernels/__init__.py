@@ -7,7 +7,29 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING or __name__ == "graphlathe.kernels":
     from .attention import attention
     from .define import NAMESPACE, OPERATORS, Operator, operator
+    from .dequantize import dequantize
+    from .dynamic_quantize import dynamic_quantize
     from .expert_linear import expert_linear
+    from .integer_conv import integer_conv
+    from .integer_matmul import integer_matmul
+    from .quantize import quantize
+    from .quantized_conv import quantized_conv
+    from .quantized_matmul import quantized_matmul
     from .rotary_embedding import rotary_embedding
 
-    __all__ = ["NAMESPACE", "OPERATORS", "Operator", "attention", "expert_linear", "operator", "rotary_embedding"]
+    __all__ = [
+        "NAMESPACE",
+        "OPERATORS",
+        "Operator",
+        "attention",
+        "dequantize",
+        "dynamic_quantize",
+        "expert_linear",
+        "integer_conv",
+        "integer_matmul",
+        "operator",
+        "quantize",
+        "quantized_conv",
+        "quantized_matmul",
+        "rotary_embedding",
+    ]

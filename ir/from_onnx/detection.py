@@ -54,7 +54,7 @@ def non_max_suppression(
     common = shared(low_y, high_y) * shared(low_x, high_x)
     union = area.unsqueeze(-1) + area.unsqueeze(-2) - common
     close = (common > bound * union).unsqueeze(1).expand(batch, classes, count, count)
-    _, order = torch.sort(scores, -1, descending=True, stable=True)
+    _, order = torch.sort(scores, stable=True, dim=-1, descending=True)
     ranked = torch.gather(scores, -1, order)
     index = order.unsqueeze(-1).expand(batch, classes, count, count)
     by_rank = torch.gather(torch.gather(close, 2, index), 3, index.transpose(-1, -2))

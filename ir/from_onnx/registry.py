@@ -32,6 +32,7 @@ MODULES = (
     "layers",
     "normalization",
     "pooling",
+    "quantized",
     "recurrent",
     "reduce",
     "resize",

@@ -117,6 +117,37 @@ def convolution(t: Translator, node: fx.Node, x: ir.Value, weight: ir.Value, *re
     )
 
 
+@special(aten.einsum.default)
+def einsum(t: Translator, node: fx.Node, equation: str, operands: Any, **options: Any) -> Any:
+    """ONNX has none in bfloat16 (nor has most that runs it): computed in float32, rounded once."""
+    value = node.meta["val"]
+    if value.dtype != torch.bfloat16:
+        return NotImplemented
+    op = t.recorder.op
+    wide = [op("Cast", each, to=int(ir.DataType.FLOAT)) for each in operands]
+    return op("Cast", op("Einsum", *wide, equation=equation), to=int(ir.DataType.BFLOAT16))
+
+
+@special(aten.view.default, aten.reshape.default)
+def reshape(t: Translator, node: fx.Node, x: ir.Value, shape: Any) -> Any:
+    """A size of zero is meant: without ``allowzero`` it would copy the input's."""
+    if not any(isinstance(size, int) and size == 0 for size in shape):
+        return NotImplemented
+    return t.recorder.op("Reshape", x, t.vector(shape), allowzero=1)
+
+
+@special(aten.remainder.Tensor)
+def remainder(t: Translator, node: fx.Node, a: Any, b: Any) -> Any:
+    """Of floating-point numbers: what C leaves, moved to the divisor's side; infinite divisors come out right."""
+    if not node.meta["val"].is_floating_point():
+        return NotImplemented
+    op = t.recorder.op
+    zero = t.recorder.constant(0.0, ir.DataType(_element(node)))
+    rest = op("Mod", a, b, fmod=1)
+    across = op("Less", op("Mul", op("Sign", rest), op("Sign", b)), zero)
+    return op("Where", across, op("Add", rest, b), rest)
+
+
 @special(aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default)
 def average_pool(t: Translator, node: fx.Node, x: ir.Value, kernel: Any, *rest: Any, **options: Any) -> Any:
     """With a divisor of its own: the mean over the window, times the window's size over the divisor."""
@@ -136,6 +167,17 @@ def average_pool(t: Translator, node: fx.Node, x: ir.Value, kernel: Any, *rest: 
     mean = t.recorder.op("AveragePool", x, kernel_shape=window, strides=strides, pads=pads * 2, count_include_pad=1)
     dtype = ir.DataType(int(_element(node)))
     return t.recorder.op("Mul", mean, t.recorder.constant(math.prod(window) / divisor, dtype))
+
+
+@special(aten.mean.dim)
+def global_average(t: Translator, node: fx.Node, x: ir.Value, dims: Any, *rest: Any, **options: Any) -> Any:
+    """The mean of whole images is a pool: ONNX Runtime then keeps its own layout of channels."""
+    value, source = node.meta["val"], node.args[0].meta["val"]  # type: ignore[union-attr]
+    rank = source.dim()
+    whole = rank in (4, 5) and sorted(d % rank for d in dims or ()) == list(range(2, rank))
+    if not whole or value.dim() != rank or value.dtype != source.dtype or not value.is_floating_point():
+        return NotImplemented
+    return t.recorder.op("GlobalAveragePool", x)
 
 
 @special(aten.cumprod.default)

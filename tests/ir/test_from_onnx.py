@@ -554,7 +554,9 @@ def test_unsupported_operators_are_all_named(tmp_path: Path) -> None:
     ]
     model = _model(nodes, [("x", F, ["N"])], ["a", "b", "c"])
     model.opset_import.append(oh.make_opsetid("elsewhere", 1))
-    with pytest.raises(UnsupportedOpError, match=r"StringNormalizer .*2 other operators.*ImageDecoder, elsewhere::Own.*%find"):
+    with pytest.raises(
+        UnsupportedOpError, match=r"StringNormalizer .*2 other operators.*ImageDecoder, elsewhere::Own.*%find"
+    ):
         _import(model, tmp_path)
 
 
