@@ -16,6 +16,7 @@ if TYPE_CHECKING or __name__ == "graphlathe.kernels":
     from .quantized_conv import quantized_conv
     from .quantized_matmul import quantized_matmul
     from .rotary_embedding import rotary_embedding
+    from .unpack_bits import unpack_bits
 
     __all__ = [
         "NAMESPACE",
@@ -32,4 +33,5 @@ if TYPE_CHECKING or __name__ == "graphlathe.kernels":
         "quantized_conv",
         "quantized_matmul",
         "rotary_embedding",
+        "unpack_bits",
     ]

@@ -41,7 +41,7 @@ def write_node(
     stored: Sequence[str] = (),
     shapes: Mapping[str, Sequence[Any]] | None = None,
     domain: str = "",
-    opset: int = 21,
+    version: int = 21,
     **attributes: Any,
 ) -> None:
     """Write a model of one node.
@@ -54,7 +54,7 @@ def write_node(
         stored: which inputs are initializers.
         shapes: shapes of inputs, with names for dynamic dimensions; else those of the numbers.
         domain: the operator's.
-        opset: of the standard domain.
+        version: of the standard domain's operators.
         attributes: the node's.
     """
     names = [name if value is not None else "" for name, value in inputs.items()]
@@ -72,7 +72,7 @@ def write_node(
         [onnx.ValueInfoProto(name=name) for name in outputs if name],
         [nh.from_array(given[name], name) for name in stored],
     )
-    sets = [oh.make_opsetid("", opset)] + ([oh.make_opsetid(domain, 1)] if domain else [])
+    sets = [oh.make_opsetid("", version)] + ([oh.make_opsetid(domain, 1)] if domain else [])
     onnx.save(oh.make_model(graph, opset_imports=sets, ir_version=10), str(path))
 
 
@@ -109,6 +109,9 @@ def assert_node_agrees(
         assert len(actual) == len(wanted)
         for value, reference in zip(actual, wanted, strict=True):
             assert value.dtype == reference.dtype, source
+            wide = (
+                (value.astype(np.int64), reference.astype(np.int64)) if value.dtype.kind in "iu" else (value, reference)
+            )
             np.testing.assert_allclose(value, reference, rtol=1e-5, atol=atol, err_msg=source)
     return program
 

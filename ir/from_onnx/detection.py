@@ -83,7 +83,7 @@ def roi_align(
     output_width: int = 1,
     sampling_ratio: int = 0,
     spatial_scale: float = 1.0,
-    opset: int,
+    opset_version: int,
 ) -> Tensor:
     """Bilinear samples in a grid over each region; the mean or the largest of each cell."""
     if not sampling_ratio:
@@ -91,7 +91,7 @@ def roi_align(
             "RoiAlign with a number of samples that depends on the region is not supported",
             expected="sampling_ratio above 0",
         )
-    half = 0.5 if opset >= 16 and coordinate_transformation_mode == "half_pixel" else 0.0
+    half = 0.5 if opset_version >= 16 and coordinate_transformation_mode == "half_pixel" else 0.0
     x1, y1, x2, y2 = (rois * spatial_scale - half).unbind(-1)
     width, height = x2 - x1, y2 - y1
     if not half:
