@@ -109,9 +109,8 @@ def assert_node_agrees(
         assert len(actual) == len(wanted)
         for value, reference in zip(actual, wanted, strict=True):
             assert value.dtype == reference.dtype, source
-            wide = (
-                (value.astype(np.int64), reference.astype(np.int64)) if value.dtype.kind in "iu" else (value, reference)
-            )
+            # The differences of unsigned integers would wrap.
+            value, reference = (v.astype(np.int64) if v.dtype.kind == "u" else v for v in (value, reference))
             np.testing.assert_allclose(value, reference, rtol=1e-5, atol=atol, err_msg=source)
     return program
 
