@@ -106,6 +106,14 @@ def sqrt(a: Host) -> Any:
     return _elementwise(math.sqrt, a)
 
 
+@host_operator("Pow")
+def power(a: Host, b: Host) -> Any:
+    if not (a.is_concrete and b.is_concrete) or any(x <= 0 for x in a.items) or any(x < 0 for x in b.items):
+        return NotImplemented
+    whole = not a.dtype.is_floating_point
+    return _elementwise(lambda x, y: int(x**y) if whole else x**y, a, b)
+
+
 @host_operator("Reciprocal")
 def reciprocal(a: Host) -> Any:
     if any(not isinstance(item, SYMBOLIC) and item == 0 for item in a.items):
@@ -318,6 +326,19 @@ def constant_of_shape(target: Host, *, value: Host | None = None) -> Any:
     if fill.dtype.is_floating_point and target.items:
         return NotImplemented
     return _host(np.full(target.items, fill.items[0], dtype=object), fill.dtype)
+
+
+@host_operator("OneHot")
+def one_hot(indices: Host, depth: Host, values: Host, *, axis: int = -1) -> Any:
+    """A list of sizes is made this way: one for every dimension but one."""
+    if not (indices.is_concrete and depth.is_concrete) or depth.item * len(indices.items) > MAX_HOST_ELEMENTS:
+        return NotImplemented
+    off, on = values.items
+    table = np.full((*indices.shape, depth.item), off, dtype=object)
+    for place, index in np.ndenumerate(_array(indices)):
+        if -depth.item <= index < depth.item:
+            table[(*place, index)] = on
+    return _host(np.moveaxis(table, -1, axis), values.dtype)
 
 
 @host_operator("Range")
