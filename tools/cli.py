@@ -305,7 +305,13 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="smaller sizes, fewer repeats, or a sample")] = False,
     only: Annotated[
         str | None,
-        typer.Option("--only", metavar="TEXT", help="only the cases whose name contains this (onnx-coverage)"),
+        typer.Option(
+            "--only", metavar="TEXT", help="only the cases whose name contains this (onnx-coverage, peers-import)"
+        ),
+    ] = None,
+    peers: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="where other tools' packages are, or are put (peers-import)"),
     ] = None,
 ) -> None:
     """Measure: correctness first, then time and memory, against stated goals."""
@@ -315,7 +321,7 @@ def bench(
     if list_:
         list_suites()
         return
-    code = run_bench(suite, json_, check, quick, only)
+    code = run_bench(suite, json_, check, quick, only, peers)
     if code:
         raise typer.Exit(code)
 

@@ -24,10 +24,10 @@ from .registry import supported
 from .signature import fitting, read_recorded, restore
 from .walk import Walk, check_supported, graph_inputs
 
-_EXAMPLES: tuple[tuple[int, int], ...] = ((3, 224), (4, 64), (3, 7))
+_EXAMPLES: tuple[tuple[int, int], ...] = ((3, 224), (4, 64), (3, 7), (11, 96))
 """Example sizes to try, one after the other: that of the first dynamic dimension of token ids (and of any batch), and
 that of the first spatial one. Sizes cost nothing (nothing is computed); only room for a few convolutions matters, and
-positions must not run out."""
+positions must not run out. The last one is for models that cut sequences into blocks, of which there must be two."""
 
 
 def from_onnx(
@@ -131,20 +131,40 @@ def _examples(ports: list[_Port], given: Mapping[str, int]) -> list[dict[str, in
 
 
 def _trace(model: OnnxModel, ports: list[_Port], tries: list[dict[str, int]], static: bool) -> tuple[Program, Walk]:
-    first: ImportModelError | None = None
+    """The trace at the first sizes at which there is one, unless it excludes others at which there is a wider one."""
+    failed: ImportModelError | None = None
+    found: tuple[Program, Walk] | None = None
     for sizes in tries:
-        walk = Walk(model)
-        dynamic = {f"inputs.{i}": port.dims for i, port in enumerate(ports) if port.dims}
+        if found is not None and _holds(found[0], sizes):
+            continue
         try:
-            with traceback.preserve_node_meta():
-                example = [port.example(sizes) for port in ports]
-                return trace(walk, (example,), dynamic=None if static or not dynamic else dynamic), walk
+            traced = _trace_at(model, ports, sizes, static)
         except (MissingOperatorError, DataDependentError):
             raise
         except ImportModelError as error:
-            first = first or error
-    assert first is not None
-    raise first
+            failed = failed or error
+            continue
+        if found is None or all(_holds(traced[0], others) for others in tries):
+            found = traced
+    if found is not None:
+        return found
+    assert failed is not None
+    raise failed
+
+
+def _trace_at(model: OnnxModel, ports: list[_Port], sizes: dict[str, int], static: bool) -> tuple[Program, Walk]:
+    walk = Walk(model)
+    dynamic = {f"inputs.{i}": port.dims for i, port in enumerate(ports) if port.dims}
+    with traceback.preserve_node_meta():
+        example = [port.example(sizes) for port in ports]
+        return trace(walk, (example,), dynamic=None if static or not dynamic else dynamic), walk
+
+
+def _holds(program: Program, sizes: Mapping[str, int]) -> bool:
+    """Whether a program takes inputs of these sizes, as far as its guards go."""
+    dims = program.main.dims
+    known = {dim.symbol: sizes[name] for name, dim in dims.by_name.items() if name in sizes}
+    return all(guard.holds(known) for guard in dims.guards if guard.expr.free_symbols <= known.keys())
 
 
 def _rename(program: Program, walk: Walk, ports: list[_Port], outputs: list[str]) -> None:

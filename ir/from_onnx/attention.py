@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels import attention as attention_operator
+from ...kernels import rotary_embedding as rotary_operator
 from ..errors import ImportModelError
 from .model_file import DTYPES
 from .registry import operator
@@ -92,10 +93,13 @@ def attend(
     causal: bool = False,
     scale: float | None = None,
     softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """One attention node: PyTorch's, or ours where it has no word for something."""
-    if softcap:
-        return attention_operator(query, key, value, mask, is_causal=causal, scale=scale, softcap=softcap)
+    if softcap or sinks is not None:
+        return attention_operator(
+            query, key, value, mask, is_causal=causal, scale=scale, softcap=softcap or None, sinks=sinks
+        )
     grouped = query.shape[1] != key.shape[1]
     return F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scale, enable_gqa=grouped)
 
@@ -194,19 +198,7 @@ def rotary_embedding(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, width: int, interleaved: bool) -> Tensor:
-    """Rotate [batch, heads, length, channels] by angles [batch or 1, 1, length, half of the width]."""
+    """Rotate [batch, heads, length, channels] by angles [batch or 1, 1, length, at least half of the width]."""
     width = width or int(x.shape[-1])
-    turned, rest = x[..., :width], x[..., width:]
-    half = width // 2
-    cos, sin = cos[..., :half], sin[..., :half]
-    if interleaved:
-        pairs = turned.unflatten(-1, (half, 2))
-        first, second = pairs[..., 0], pairs[..., 1]
-    else:
-        first, second = turned[..., :half], turned[..., half:]
-    real, imaginary = first * cos - second * sin, first * sin + second * cos
-    if interleaved:
-        result = torch.stack([real, imaginary], -1).flatten(-2)
-    else:
-        result = torch.cat([real, imaginary], -1)
-    return result if width == x.shape[-1] else torch.cat([result, rest], -1)
+    cos, sin = cos[..., : width // 2], sin[..., : width // 2]
+    return rotary_operator(x, cos, sin, rotary_dim=width, interleaved=interleaved)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -181,7 +182,10 @@ def split_to_sequence(x: Tensor, lengths: Host | None = None, *, axis: int = 0, 
     elif lengths.is_scalar:
         parts = torch.split(x, lengths.item, axis)
     else:
-        parts = torch.split(x, list(lengths.items), axis)
+        # Not torch.split, which would fix a dynamic size at the sum of the lengths.
+        ends = list(accumulate(lengths.items))
+        starts = [0, *ends[:-1]]
+        parts = [torch.ops.aten.slice.Tensor(x, axis, start, end) for start, end in zip(starts, ends, strict=True)]
     return Items(tuple(parts))
 
 

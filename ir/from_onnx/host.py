@@ -120,11 +120,45 @@ def sqrt(a: Host) -> Any:
     return _elementwise(math.sqrt, a)
 
 
+@host_operator("Pow")
+def power(a: Host, b: Host) -> Any:
+    if not (a.is_concrete and b.is_concrete) or any(x <= 0 for x in a.items) or any(x < 0 for x in b.items):
+        return NotImplemented
+    whole = not a.dtype.is_floating_point
+    return _elementwise(lambda x, y: int(x**y) if whole else x**y, a, b)
+
+
 @host_operator("Reciprocal")
 def reciprocal(a: Host) -> Any:
     if any(not isinstance(item, SYMBOLIC) and item == 0 for item in a.items):
         return NotImplemented
     return _elementwise(lambda x: 1.0 / x, a)
+
+
+@host_operator("Abs")
+def abs_(a: Host) -> Any:
+    return _elementwise(abs, a) if a.is_concrete else NotImplemented
+
+
+@host_operator("Ceil")
+def ceil(a: Host) -> Any:
+    return _whole(math.ceil, a)
+
+
+@host_operator("Floor")
+def floor(a: Host) -> Any:
+    return _whole(math.floor, a)
+
+
+def _whole(function: Callable[[float], int], a: Host) -> Any:
+    if not a.is_concrete or not all(math.isfinite(item) for item in a.items):
+        return NotImplemented
+    return _elementwise(function, a)
+
+
+@host_operator("Relu")
+def relu(a: Host) -> Any:
+    return _elementwise(lambda x: torch.sym_max(x, 0), a)
 
 
 @host_operator("Min")
@@ -198,22 +232,6 @@ def gather(data: Host, indices: Host, *, axis: int = 0) -> Any:
     return _host(np.take(_array(data), _array(indices).astype(np.int64), axis), data.dtype)
 
 
-@host_operator("Slice")
-def slice_(data: Host, starts: Host, ends: Host, axes: Host | None = None, steps: Host | None = None) -> Any:
-    bounds = [starts, ends, *([axes] if axes else []), *([steps] if steps else [])]
-    if data.is_scalar or not all(b.is_concrete for b in bounds):
-        return NotImplemented
-    array = _array(data)
-    which = axes.items if axes else range(len(starts.items))
-    strides = steps.items if steps else [1] * len(starts.items)
-    for axis, start, end, step in zip(which, starts.items, ends.items, strides, strict=True):
-        stop: int | None = end
-        if step < 0 and end < -array.shape[axis]:
-            stop = None
-        array = array[(slice(None),) * (axis % array.ndim) + (slice(start, stop, step),)]
-    return _host(array, data.dtype)
-
-
 @host_operator("Concat")
 def concat(*hosts: Host, axis: int) -> Any:
     if any(h.is_scalar for h in hosts):
@@ -222,14 +240,21 @@ def concat(*hosts: Host, axis: int) -> Any:
 
 
 @host_operator("Split")
-def split(
-    data: Host, sizes: Host | None = None, *, axis: int = 0, num_outputs: int | None = None, n_outputs: int
+def split_(
+    data: Host,
+    sizes: Host | None = None,
+    *,
+    axis: int = 0,
+    num_outputs: int | None = None,
+    split: Sequence[int] | None = None,
+    n_outputs: int,
 ) -> Any:
     if data.is_scalar or len(data.shape) > 1 or (sizes is not None and not sizes.is_concrete):
         return NotImplemented
     count = num_outputs or n_outputs
     width = -(-len(data.items) // count)
-    lengths = sizes.items if sizes is not None else [width] * (count - 1) + [len(data.items) - width * (count - 1)]
+    given = split if sizes is None else sizes.items
+    lengths = given or [width] * (count - 1) + [len(data.items) - width * (count - 1)]
     parts, start = [], 0
     for length in lengths:
         parts.append(Host(data.items[start : start + length], data.dtype))
@@ -237,18 +262,24 @@ def split(
     return tuple(parts)
 
 
+def _axes(given: Host | None, attribute: Sequence[int] | None) -> tuple[int, ...] | None:
+    """Axes as an input, or (before opset 13, of reductions 18) as an attribute."""
+    chosen = attribute if given is None else given.items
+    return None if chosen is None else tuple(chosen)
+
+
 @host_operator("Unsqueeze")
-def unsqueeze(a: Host, axes: Host) -> Any:
-    if not axes.is_concrete:
+def unsqueeze(a: Host, given: Host | None = None, *, axes: Sequence[int] | None = None) -> Any:
+    if given is not None and not given.is_concrete:
         return NotImplemented
-    return _host(np.expand_dims(_array(a), tuple(axes.items)), a.dtype)
+    return _host(np.expand_dims(_array(a), _axes(given, axes) or ()), a.dtype)
 
 
 @host_operator("Squeeze")
-def squeeze(a: Host, axes: Host | None = None) -> Any:
-    if axes is not None and not axes.is_concrete:
+def squeeze(a: Host, given: Host | None = None, *, axes: Sequence[int] | None = None) -> Any:
+    if given is not None and not given.is_concrete:
         return NotImplemented
-    return _host(np.squeeze(_array(a), None if axes is None else tuple(axes.items)), a.dtype)
+    return _host(np.squeeze(_array(a), _axes(given, axes)), a.dtype)
 
 
 @host_operator("Reshape")
@@ -311,6 +342,19 @@ def constant_of_shape(target: Host, *, value: Host | None = None) -> Any:
     return _host(np.full(target.items, fill.items[0], dtype=object), fill.dtype)
 
 
+@host_operator("OneHot")
+def one_hot(indices: Host, depth: Host, values: Host, *, axis: int = -1) -> Any:
+    """A list of sizes is made this way: one for every dimension but one."""
+    if not (indices.is_concrete and depth.is_concrete) or depth.item * len(indices.items) > MAX_HOST_ELEMENTS:
+        return NotImplemented
+    off, on = values.items
+    table = np.full((*indices.shape, depth.item), off, dtype=object)
+    for place, index in np.ndenumerate(_array(indices)):
+        if -depth.item <= index < depth.item:
+            table[(*place, index)] = on
+    return _host(np.moveaxis(table, -1, axis), values.dtype)
+
+
 @host_operator("Range")
 def range_(start: Host, limit: Host, delta: Host) -> Any:
     """Only a list of axes is worth knowing: anything longer is data."""
@@ -320,20 +364,51 @@ def range_(start: Host, limit: Host, delta: Host) -> Any:
     return Host(tuple(items), start.dtype) if len(items) <= MOST_AXES else NotImplemented
 
 
-@host_operator("ReduceProd")
-def reduce_prod(a: Host, axes: Host | None = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0) -> Any:
-    return _reduced(py.mul, 1, a, keepdims, noop_with_empty_axes and not (axes and axes.items))
+def _reduction(function: Callable[[Number, Number], Number], start: int) -> Callable[..., Any]:
+    def reduce(
+        a: Host,
+        given: Host | None = None,
+        *,
+        axes: Sequence[int] | None = None,
+        keepdims: int = 1,
+        noop_with_empty_axes: int = 0,
+    ) -> Any:
+        none_named = not _axes(given, axes)
+        if a.dtype.is_floating_point or len(a.shape) != 1 or (noop_with_empty_axes and none_named):
+            return NotImplemented
+        total: Number = start
+        for item in a.items:
+            total = function(total, item)
+        return Host((total,), a.dtype, is_scalar=not keepdims)
+
+    return reduce
 
 
-@host_operator("ReduceSum")
-def reduce_sum(a: Host, axes: Host | None = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0) -> Any:
-    return _reduced(py.add, 0, a, keepdims, noop_with_empty_axes and not (axes and axes.items))
+host_operator("ReduceProd")(_reduction(py.mul, 1))
+host_operator("ReduceSum")(_reduction(py.add, 0))
 
 
-def _reduced(function: Callable[[Number, Number], Number], start: int, a: Host, keepdims: int, noop: Any) -> Any:
-    if a.dtype.is_floating_point or len(a.shape) != 1 or noop:
+@host_operator("Slice")
+def slice_(
+    data: Host,
+    start_input: Host | None = None,
+    end_input: Host | None = None,
+    axes_input: Host | None = None,
+    steps: Host | None = None,
+    *,
+    starts: Sequence[int] | None = None,
+    ends: Sequence[int] | None = None,
+    axes: Sequence[int] | None = None,
+) -> Any:
+    """Bounds are inputs, or (before opset 10) attributes."""
+    bounds = [b for b in (start_input, end_input, axes_input, steps) if b is not None]
+    if data.is_scalar or not all(b.is_concrete for b in bounds):
         return NotImplemented
-    total: Number = start
-    for item in a.items:
-        total = function(total, item)
-    return Host((total,), a.dtype, is_scalar=not keepdims)
+    array = _array(data)
+    first, last = _axes(start_input, starts) or (), _axes(end_input, ends) or ()
+    which = _axes(axes_input, axes) or range(len(first))
+    strides = steps.items if steps else [1] * len(first)
+    for axis, start, end, step in zip(which, first, last, strides, strict=True):
+        stop = None if step < 0 and end < -array.shape[axis] else end
+        array = array[(slice(None),) * (axis % array.ndim) + (slice(start, stop, step),)]
+    return _host(array, data.dtype)

@@ -102,7 +102,7 @@ def conv_transpose(
     strides: Sequence[int] | None = None,
 ) -> Tensor:
     """Padding cuts off the full result: as the file says, or so that the output is the input times the stride, or
-    ``output_shape``; of an odd number, the end gets more unless ``SAME_UPPER`` says otherwise.
+    ``output_shape``; of an odd number, the begin gets more unless ``SAME_UPPER`` says otherwise.
     """
     spatial = x.dim() - 2
     strides, dilations = list(strides or [1] * spatial), list(dilations or [1] * spatial)
@@ -115,8 +115,10 @@ def conv_transpose(
             full = strides[i] * (x.shape[2 + i] - 1) + extra[i] + (kernel[i] - 1) * dilations[i] + 1
             wanted = x.shape[2 + i] * strides[i] if output_shape is None else output_shape[i - spatial]
             total: Any = full - wanted
-            half = total // 2
-            padding.append((total - half, half) if auto_pad == "SAME_LOWER" else (half, total - half))
+            short = torch.sym_max(total, 0)  # an output that is too short is filled up at its end
+            half = short // 2
+            begin = half if auto_pad == "SAME_UPPER" else short - half
+            padding.append((begin, total - begin))
     even = symmetric(padding)
     if even is not None and all(p >= 0 for p in even):
         return _CONV_TRANSPOSE[spatial](x, weight, bias, strides, even, extra, group, dilations)

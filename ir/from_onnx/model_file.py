@@ -110,10 +110,11 @@ def read_model(path: Path) -> OnnxModel:
                 expected="functions that do not call themselves, nor each other too deeply",
             ) from error
     opset = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), 0)
-    if not 1 <= opset <= onnx.defs.onnx_opset_version():
+    newest = onnx.defs.onnx_opset_version()
+    if not 1 <= opset <= newest:
         raise ImportModelError(
             f"'{path}' uses opset {opset}",
-            expected=f"1 to {onnx.defs.onnx_opset_version()}, the newest that the installed onnx {onnx.__version__} knows",
+            expected=f"1 to {newest}, the newest that the installed onnx {onnx.__version__} knows",
         )
     if proto.graph.sparse_initializer:
         raise ImportModelError(f"'{path}' holds sparse initializers", expected="dense ones")

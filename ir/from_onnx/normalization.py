@@ -27,13 +27,13 @@ def batch_norm(
     momentum: float = 0.9,
     spatial: int = 1,
     training_mode: int = 0,
-    opset: int,
+    opset_version: int,
     n_used: int,
 ) -> Any:
     """In training mode (opset 14 and newer) the statistics are those of the batch, and the running ones are outputs."""
     if not spatial:
         raise ImportModelError("BatchNormalization of every position on its own is not supported", expected="spatial 1")
-    if (opset < 7 and not is_test) or (opset < 14 and n_used > 1):
+    if (opset_version < 7 and not is_test) or (opset_version < 14 and n_used > 1):
         raise ImportModelError(
             "BatchNormalization in training mode is not supported before opset 14", remedy="export it in eval mode"
         )

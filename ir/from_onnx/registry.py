@@ -25,20 +25,29 @@ Function = Callable[..., Any]
 MODULES = (
     "attention",
     "control",
+    "detection",
     "elementwise",
     "host",
     "indexing",
     "layers",
+    "microsoft_attention",
+    "microsoft_elementwise",
+    "microsoft_layers",
+    "microsoft_norms",
+    "microsoft_quantized",
     "normalization",
     "own",
     "pooling",
+    "quantized",
+    "recurrent",
     "reduce",
     "resize",
     "shape",
+    "signal",
 )
 """The files that hold operators, one group each."""
 
-INJECTED = ("n_outputs", "n_used", "opset", "walk")
+INJECTED = ("n_outputs", "n_used", "opset_version", "walk")
 """Keyword-only parameters that are no attributes: how many outputs the node has, how many up to the last one that
 something reads, the opset version, and the walk itself (for operators that hold graphs)."""
 

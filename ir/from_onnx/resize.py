@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..errors import ImportModelError
 from .registry import operator
@@ -120,7 +121,7 @@ def _lengths(
     old = [x.shape[a] for a in which]
     if not by_size:
         return [(_floor(n * s), s) for n, s in zip(old, given, strict=True)]
-    factors = [new / n for new, n in zip(given, old, strict=True)]
+    factors = [1.0 if statically_known_true(new == n) else new / n for new, n in zip(given, old, strict=True)]
     if policy == "stretch":
         return list(zip(given, factors, strict=True))
     if not all(isinstance(f, float) for f in factors):
@@ -169,7 +170,7 @@ def _places(each: Axis, rules: Rules) -> Tensor:
     width = each.scale * each.old
     match rules.coordinates:
         case "align_corners":
-            return new * 0 if each.new == 1 or width == 1 else new * ((each.old - 1) / (width - 1))
+            return new * ((each.old - 1) / torch.sym_max(width - 1, 1))  # one new element: the first
         case "asymmetric":
             return new / each.scale
         case "tf_crop_and_resize":
@@ -178,7 +179,7 @@ def _places(each: Axis, rules: Rules) -> Tensor:
             step = (each.end - each.start) * (each.old - 1) / (each.new - 1)
             return new * step + each.start * (each.old - 1)
         case "pytorch_half_pixel" if width == 1:
-            return new * 0 - 0.5
+            return new * 0
         case "half_pixel" | "pytorch_half_pixel":
             return (new + 0.5) / each.scale - 0.5
         case "half_pixel_symmetric":

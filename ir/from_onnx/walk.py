@@ -195,7 +195,10 @@ class Walk(nn.Module):
         values = [self._read(scope, name, node) if name else None for name in node.input]
         try:
             return _as_tuple(self._call(node, values, scope))
-        except GraphlatheError:
+        except GraphlatheError as error:
+            if error.node is None:
+                error.node = scope.name_of(node)
+                error.message = error.message if node.op_type in error.message else f"{node.op_type}: {error.message}"
             raise
         except Exception as error:
             shapes = ", ".join(str(list(v.shape)) if v is not None else "-" for v in values)
@@ -233,7 +236,7 @@ class Walk(nn.Module):
         injected: dict[str, Any] = {
             "n_outputs": len(node.output),
             "n_used": max(used, default=1),
-            "opset": opset,
+            "opset_version": opset,
             "walk": self,
         }
         keywords = attributes | {name: injected[name] for name in entry.injected}

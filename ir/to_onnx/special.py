@@ -94,6 +94,61 @@ def dropout(t: Translator, node: fx.Node, x: ir.Value, p: float, train: bool) ->
     return NotImplemented if train else x
 
 
+@special(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+def convolution(t: Translator, node: fx.Node, x: ir.Value, weight: ir.Value, *rest: Any, **options: Any) -> Any:
+    """Without a bias, none: PyTorch's translation adds zeros, in three dimensions in a shape that is not legal."""
+    names = ("bias", "stride", "padding", "dilation", "groups")
+    given = dict(zip(names, rest, strict=False)) | options
+    value = node.meta["val"]
+    if given.get("bias") is not None or value.is_complex():
+        return NotImplemented
+    rank = value.dim() - 2
+    stride, padding, dilation = (
+        list(v) * (rank if len(v) == 1 else 1)
+        for v in (given.get("stride") or [1], given.get("padding") or [0], given.get("dilation") or [1])
+    )
+    return t.recorder.op(
+        "Conv",
+        x,
+        weight,
+        strides=stride,
+        pads=padding * 2,
+        dilations=dilation,
+        group=given.get("groups", 1),
+    )
+
+
+@special(aten.einsum.default)
+def einsum(t: Translator, node: fx.Node, equation: str, operands: Any, **options: Any) -> Any:
+    """ONNX has none in bfloat16 (nor has most that runs it): computed in float32, rounded once."""
+    value = node.meta["val"]
+    if value.dtype != torch.bfloat16:
+        return NotImplemented
+    op = t.recorder.op
+    wide = [op("Cast", each, to=int(ir.DataType.FLOAT)) for each in operands]
+    return op("Cast", op("Einsum", *wide, equation=equation), to=int(ir.DataType.BFLOAT16))
+
+
+@special(aten.view.default, aten.reshape.default)
+def reshape(t: Translator, node: fx.Node, x: ir.Value, shape: Any) -> Any:
+    """A size of zero is meant: without ``allowzero`` it would copy the input's."""
+    if not any(isinstance(size, int) and size == 0 for size in shape):
+        return NotImplemented
+    return t.recorder.op("Reshape", x, t.vector(shape), allowzero=1)
+
+
+@special(aten.remainder.Tensor)
+def remainder(t: Translator, node: fx.Node, a: Any, b: Any) -> Any:
+    """Of floating-point numbers: what C leaves, moved to the divisor's side; infinite divisors come out right."""
+    if not node.meta["val"].is_floating_point():
+        return NotImplemented
+    op = t.recorder.op
+    zero = t.recorder.constant(0.0, ir.DataType(_element(node)))
+    rest = op("Mod", a, b, fmod=1)
+    across = op("Less", op("Mul", op("Sign", rest), op("Sign", b)), zero)
+    return op("Where", across, op("Add", rest, b), rest)
+
+
 @special(aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default)
 def average_pool(t: Translator, node: fx.Node, x: ir.Value, kernel: Any, *rest: Any, **options: Any) -> Any:
     """With a divisor of its own: the mean over the window, times the window's size over the divisor."""
@@ -133,12 +188,23 @@ def concatenate_nothing(t: Translator, node: fx.Node, parts: Any, dim: int = 0) 
     return t.recorder.op("Concat", *parts, axis=dim % rank)
 
 
+@special(aten.mean.dim)
+def global_average(t: Translator, node: fx.Node, x: ir.Value, dims: Any, *rest: Any, **options: Any) -> Any:
+    """The mean of whole images is a pool: ONNX Runtime then keeps its own layout of channels."""
+    value, source = node.meta["val"], node.args[0].meta["val"]  # type: ignore[union-attr]
+    rank = source.dim()
+    whole = rank in (4, 5) and sorted(d % rank for d in dims or ()) == list(range(2, rank))
+    if not whole or value.dim() != rank or value.dtype != source.dtype or not value.is_floating_point():
+        return NotImplemented
+    return t.recorder.op("GlobalAveragePool", x)
+
+
 @special(aten.cumprod.default)
 def running_product(t: Translator, node: fx.Node, x: ir.Value, dim: int, dtype: Any = None) -> Any:
     """The products of all beginnings, side by side: ONNX has a running product from opset 26 on only."""
     op, value = t.recorder.op, node.meta["val"]
     axis, rank = dim % max(value.dim(), 1), value.dim()
-    if dtype is not None or rank == 0:
+    if rank == 0 or node.args[0].meta["val"].dtype != value.dtype:  # type: ignore[union-attr]
         return NotImplemented
     zero, one = (t.recorder.constant(n, ir.DataType.INT64) for n in (0, 1))
     length = op("Squeeze", op("Shape", x, start=axis, end=axis + 1), t.vector([0]))

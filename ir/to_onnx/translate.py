@@ -57,6 +57,7 @@ class Translator:
     """Builds the ONNX graph of one entry.
 
     Attributes:
+        opset: the version of the operators in the file.
         graph: the ONNX graph under construction.
         recorder: collects the nodes of the operator under translation.
         shared: values that several operators need, by what they are.
@@ -67,6 +68,7 @@ class Translator:
     def __init__(self, program: Program, entry: Entry, opset: int) -> None:
         self.program = program
         self.entry = entry
+        self.opset = opset
         self.registry = registry_for(opset)
         self.lowering = Lowering(program, opset)
         self.recorder = Recorder(opset)
@@ -251,11 +253,18 @@ class Translator:
 
     def split(self, x: ir.Value, lengths: ir.Value, axis: int, count: int) -> list[ir.Value]:
         """``x`` cut along an axis into ``count`` pieces of the given lengths."""
-        outputs = [self.recorder.value(None) for _ in range(count)]
+        outputs = self.node("Split", [x, lengths], {"axis": axis}, 18, count)
         for output in outputs:
             output.type = x.type
-        node = ir.Node("", "Split", [x, lengths], [ir.AttrInt64("axis", axis)], outputs=outputs, version=18)
-        self.recorder.nodes.append(node)
+        return outputs
+
+    def node(
+        self, name: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, Any], since: int, count: int = 1
+    ) -> list[ir.Value]:
+        """The outputs of an operator in the form that it has since an opset (not that of the translations)."""
+        outputs = [self.recorder.value(None) for _ in range(count)]
+        known = ir.convenience.convert_attributes(attributes)
+        self.recorder.nodes.append(ir.Node("", name, inputs, known, outputs=outputs, version=since))
         return outputs
 
     def unique(self, base: str) -> str:

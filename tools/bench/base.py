@@ -25,6 +25,7 @@ Row = dict[str, Any]
 MODULES: dict[str, str] = {
     "compiler": ".compiler",
     "onnx-coverage": ".onnx_coverage",
+    "peers-import": ".peers_import",
     "scale": ".scale",
 }
 """Suites by name; each module has a `SUITE`. Loaded when listed or run."""
@@ -91,11 +92,13 @@ class Run:
     Attributes:
         quick: smaller sizes, fewer repeats, or a sample.
         only: of a suite that consists of cases, those whose name contains this.
+        peers: of a suite that compares with other tools, the folder that holds their packages; None: its own choice.
         say: called with a line about what is going on now.
     """
 
     quick: bool = False
     only: str | None = None
+    peers: Path | None = None
     say: Callable[[str], None] = lambda line: None
 
 

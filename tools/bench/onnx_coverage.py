@@ -11,8 +11,10 @@ import json
 import os
 import tempfile
 from collections import Counter
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from ...ir.errors import GraphlatheError
 from .base import Goal, Result, Row, Run, Suite
@@ -27,15 +29,7 @@ _PASSED = ("passed", "specialised")
 
 def run(context: Run) -> Result:
     """Run all cases (``quick``: the fixed tenth; ``only``: those whose name or operator contains a text)."""
-    chosen = {
-        key: case
-        for key, case in cases().items()
-        if (case.in_sample or not context.quick)
-        and (context.only is None or context.only in key or context.only == case.operator)
-    }
-    if not chosen:
-        raise GraphlatheError(f"no test has '{context.only}' in its name", expected="part of a test's name")
-    context.say(f"{len(chosen)} tests")
+    chosen = choose(context)
     outcomes = run_all(list(chosen), context)
     result = Result()
     nodes = [case for case in chosen.values() if case.kind == "node"]
@@ -66,17 +60,45 @@ def run(context: Run) -> Result:
     return result
 
 
-def run_all(names: list[str], context: Run) -> dict[str, Outcome]:
-    """Run cases in child processes, one per core (two at most)."""
+def choose(context: Run) -> dict[str, Case]:
+    """The cases that a run takes.
+
+    Raises:
+        GraphlatheError: none.
+    """
+    chosen = {
+        key: case
+        for key, case in cases().items()
+        if (case.in_sample or not context.quick)
+        and (context.only is None or context.only in key or context.only == case.operator)
+    }
+    if not chosen:
+        raise GraphlatheError(f"no test has '{context.only}' in its name", expected="part of a test's name")
+    context.say(f"{len(chosen)} tests")
+    return chosen
+
+
+def run_all(
+    names: list[str], context: Run, steps: str = _STEPS, arguments: Mapping[str, Any] | None = None
+) -> dict[str, Outcome]:
+    """Run cases in child processes, one per core (two at most).
+
+    Args:
+        names: of the cases.
+        context: how the suite is run.
+        steps: ``module:function`` that runs some of them, with the arguments of `onnx_coverage_steps.run_cases`.
+        arguments: further ones.
+    """
     workers = min(2, os.cpu_count() or 1)
     outcomes: dict[str, Outcome] = {}
     with ThreadPoolExecutor(workers) as pool:
-        for part in pool.map(lambda shard: _run_shard(shard, context), [names[i::workers] for i in range(workers)]):
+        shards = [names[i::workers] for i in range(workers)]
+        for part in pool.map(lambda shard: _run_shard(shard, context, steps, dict(arguments or {})), shards):
             outcomes |= part
     return {name: outcomes[name] for name in names}
 
 
-def _run_shard(names: list[str], context: Run) -> dict[str, Outcome]:
+def _run_shard(names: list[str], context: Run, steps: str, arguments: dict[str, Any]) -> dict[str, Outcome]:
     """Run cases in one child after the other: one that ends is followed by another, from the next case on."""
     outcomes: dict[str, Outcome] = {}
     with tempfile.TemporaryDirectory(prefix="graphlathe-coverage-") as folder:
@@ -85,7 +107,7 @@ def _run_shard(names: list[str], context: Run) -> dict[str, Outcome]:
             log.write_text("")
             reason = "it ended the process"
             try:
-                measure_in_subprocess(_STEPS, {"names": waiting, "log": str(log)}, timeout=7200)
+                measure_in_subprocess(steps, {"names": waiting, "log": str(log), **arguments}, timeout=7200)
             except GraphlatheError as error:
                 reason = error.message
             started = None

@@ -1,4 +1,4 @@
-"""The work of suite ``onnx-coverage``: one case through import, run, export and ONNX Runtime, in a process of its own."""
+"""The work of suite ``onnx-coverage``: one case through import, run, export and ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,9 @@ other numbers; equal outputs, but not from our export; an error that is no messa
 what is missing; or the end of the process."""
 
 CASE_SECONDS = 300.0
+
+_NO_KERNEL = ("NOT_IMPLEMENTED", "Unexpected input data type", "bfloat16", "can't be converted to MLDataType")
+"""What ONNX Runtime says where it has no kernel for a type, or cannot be given a tensor of it."""
 
 
 @dataclass
@@ -50,6 +53,11 @@ class Outcome:
 
 def run_cases(names: Sequence[str], log: str) -> int:
     """Run cases in turn; each line of the log is a name when it starts, and its outcome when it ends."""
+    return run_each(names, log, run_case)
+
+
+def run_each(names: Sequence[str], log: str, run: Callable[[Case, Path], Outcome]) -> int:
+    """Run a function on cases in turn, with a folder for its files; how many there were."""
     torch.set_num_threads(1)
     known = cases()
     with open(log, "a", encoding="utf-8") as file, tempfile.TemporaryDirectory(prefix="graphlathe-onnx-") as folder:
@@ -59,7 +67,7 @@ def run_cases(names: Sequence[str], log: str) -> int:
             start = time.perf_counter()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                outcome = run_case(known[name], Path(folder))
+                outcome = run(known[name], Path(folder))
             faulthandler.cancel_dump_traceback_later()
             outcome.name, outcome.seconds = name, time.perf_counter() - start
             print(json.dumps(asdict(outcome)), file=file, flush=True)
@@ -68,46 +76,62 @@ def run_cases(names: Sequence[str], log: str) -> int:
 
 def run_case(case: Case, folder: Path) -> Outcome:
     """Import a case's model, run it, export it, run the export; compare both with the outputs to expect."""
-    import onnx
-
     path = folder / "case.onnx"
     path.write_bytes(case.model().SerializeToString())
     inputs, expected = case.data()[0]
-    stored = {tensor.name for tensor in case.model().graph.initializer}
-    ports = [port.name for port in case.model().graph.input if port.name not in stored]
-    feeds = {name: _tensor(array) for name, array in zip(ports, inputs, strict=False)}
-    try:
-        program, fixed = import_case(path, feeds)
-    except ImportModelError as error:
-        # A failure inside an operator is wrapped for users; it is no statement that something is unsupported.
-        wrapped = isinstance(error.__cause__, Exception) and not isinstance(error.__cause__, GraphlatheError)
-        return Outcome(case.name, "error" if wrapped else "unsupported", _line(error))
-    except Exception as error:
-        return Outcome(case.name, "error", f"import: {_line(error)}")
-    try:
-        for ins, outs in case.data():
-            given = {name: _tensor(array) for name, array in zip(ports, ins, strict=False)}
-            actual = program.run({name: value for name, value in given.items() if name in program.main.inputs})
-            difference = _difference([_numpy(value) for value in actual.values()], outs, case)
-            if difference:
-                return Outcome(case.name, "wrong", difference)
-    except Exception as error:
-        return Outcome(case.name, "error", f"run: {_line(error)}")
+    ports = inputs_of(case)
+    imported = import_and_run(case, path)
+    if isinstance(imported, Outcome):
+        return imported
+    program, fixed = imported
     target = folder / "again.onnx"
     try:
         export_onnx(program, target)
         given = {name: inputs[ports.index(name)] for name in program.main.inputs}
-        outputs, runtime = _run_file(target, given, onnx)
-        difference = _difference(outputs, expected, case)
+        outputs, runtime = _run_file(target, given)
+        difference = difference_of(outputs, expected, case)
     except Exception as error:
-        return Outcome(case.name, "export", _line(error))
+        return Outcome(case.name, "export", line_of(error))
     if difference:
         return Outcome(case.name, "export", f"{runtime}: {difference}", runtime)
     return Outcome(case.name, "specialised" if fixed else "passed", ", ".join(fixed), runtime)
 
 
+def inputs_of(case: Case) -> list[str]:
+    """Names of the model's inputs that are no initializers."""
+    graph = case.model().graph
+    stored = {tensor.name for tensor in graph.initializer}
+    return [port.name for port in graph.input if port.name not in stored]
+
+
+def import_and_run(case: Case, path: Path) -> Outcome | tuple[Program, list[str]]:
+    """The program and the inputs that had to be fixed; or why it is not equal."""
+    ports = inputs_of(case)
+    feeds = {name: tensor_of(array) for name, array in zip(ports, case.data()[0][0], strict=False)}
+    try:
+        program, fixed = import_case(path, feeds)
+    except ImportModelError as error:
+        # A failure inside an operator is wrapped for users; it is no statement that something is unsupported.
+        wrapped = isinstance(error.__cause__, Exception) and not isinstance(error.__cause__, GraphlatheError)
+        return Outcome(case.name, "error" if wrapped else "unsupported", line_of(error))
+    except Exception as error:
+        return Outcome(case.name, "error", f"import: {line_of(error)}")
+    try:
+        for ins, outs in case.data():
+            given = {name: tensor_of(array) for name, array in zip(ports, ins, strict=False)}
+            actual = program.run({name: value for name, value in given.items() if name in program.main.inputs})
+            difference = difference_of([array_of(value) for value in actual.values()], outs, case)
+            if difference:
+                return Outcome(case.name, "wrong", difference)
+    except Exception as error:
+        return Outcome(case.name, "error", f"run: {line_of(error)}")
+    return program, fixed
+
+
 def import_case(path: Path, feeds: dict[str, torch.Tensor]) -> tuple[Program, list[str]]:
     """Import with all inputs open; where a shape, axis or count is fed, with those inputs fixed, and which they are.
+
+    A dimension that is empty in the example, which no program holds open, is fixed at that.
 
     Raises:
         ImportModelError: it cannot be imported.
@@ -115,7 +139,11 @@ def import_case(path: Path, feeds: dict[str, torch.Tensor]) -> tuple[Program, li
     fixed: dict[str, torch.Tensor] = {}
     while True:
         try:
-            return from_onnx(path, values=fixed), list(fixed)
+            program = from_onnx(path, values=fixed)
+            empty = _empty(program, feeds)
+            if empty:
+                program = from_onnx(path, values=fixed, sizes=empty, static=True)
+            return program, [*fixed, *empty]
         except DataDependentError as error:
             more = [name for name in error.inputs if name in feeds and name not in fixed]
             if not more:
@@ -123,7 +151,17 @@ def import_case(path: Path, feeds: dict[str, torch.Tensor]) -> tuple[Program, li
             fixed |= {name: feeds[name] for name in more}
 
 
-def _run_file(path: Path, feeds: dict[str, np.ndarray], onnx: Any) -> tuple[list[np.ndarray], str]:
+def _empty(program: Program, feeds: dict[str, torch.Tensor]) -> dict[str, int]:
+    """Sizes of all dynamic dimensions, where one of them is 0 in the example; else none."""
+    sizes: dict[str, int] = {}
+    for name, node in zip(program.main.inputs, program.main.placeholders, strict=True):
+        for declared, actual in zip(node.meta["val"].shape, feeds[name].shape, strict=True):
+            if not isinstance(declared, int):
+                sizes[program.main.dims.format(declared)] = actual
+    return sizes if 0 in sizes.values() else {}
+
+
+def _run_file(path: Path, feeds: dict[str, np.ndarray]) -> tuple[Sequence[Any], str]:
     """Run an ONNX file in ONNX Runtime; where that has no kernel for a type, in onnx's reference evaluator."""
     import onnxruntime
 
@@ -135,14 +173,15 @@ def _run_file(path: Path, feeds: dict[str, np.ndarray], onnx: Any) -> tuple[list
         return session.run(None, feeds), "onnxruntime"
     except Exception as error:
         text = str(error)
-        if "NOT_IMPLEMENTED" not in text and "Unexpected input data type" not in text and "bfloat16" not in text:
+        if not any(sign in text for sign in _NO_KERNEL):
             raise
     from onnx.reference import ReferenceEvaluator
 
     return list(ReferenceEvaluator(str(path)).run(None, feeds)), "reference"
 
 
-def _difference(actual: Sequence[np.ndarray], expected: Sequence[np.ndarray], case: Case) -> str | None:
+def difference_of(actual: Sequence[Any], expected: Sequence[np.ndarray], case: Case) -> str | None:
+    """What is wrong with a model's outputs, or None."""
     if len(actual) < len(expected):
         return f"{len(actual)} outputs instead of {len(expected)}"
     for index, (ours, theirs) in enumerate(zip(actual, expected, strict=False)):
@@ -152,14 +191,16 @@ def _difference(actual: Sequence[np.ndarray], expected: Sequence[np.ndarray], ca
     return None
 
 
-def _tensor(array: np.ndarray) -> torch.Tensor:
+def tensor_of(array: np.ndarray) -> torch.Tensor:
+    """The same numbers in torch."""
     array = np.ascontiguousarray(array).reshape(array.shape)
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
     return torch.from_numpy(array.copy())
 
 
-def _numpy(tensor: torch.Tensor) -> np.ndarray:
+def array_of(tensor: torch.Tensor) -> np.ndarray:
+    """The same numbers in numpy."""
     if tensor.dtype == torch.bfloat16:
         import ml_dtypes
 
@@ -167,6 +208,7 @@ def _numpy(tensor: torch.Tensor) -> np.ndarray:
     return tensor.numpy()
 
 
-def _line(error: BaseException) -> str:
+def line_of(error: BaseException) -> str:
+    """An error's type and first line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__

@@ -20,7 +20,14 @@ def list_suites() -> None:
     console().print(table)
 
 
-def bench(name: str | None, json_path: Path | None, check: bool, quick: bool, only: str | None = None) -> int:
+def bench(
+    name: str | None,
+    json_path: Path | None,
+    check: bool,
+    quick: bool,
+    only: str | None = None,
+    peers: Path | None = None,
+) -> int:
     """Run a suite, print it, and return the exit code: 1 when ``check`` is set and a goal was missed."""
     if name is None:
         raise GraphlatheError(
@@ -32,7 +39,7 @@ def bench(name: str | None, json_path: Path | None, check: bool, quick: bool, on
     if json_path is not None:
         check_writable(json_path)
     notes = console(stderr=True)
-    record = run_suite(suite, Run(quick=quick, only=only, say=lambda line: notes.print(line, style="dim")))
+    record = run_suite(suite, Run(quick=quick, only=only, peers=peers, say=lambda line: notes.print(line, style="dim")))
     show(record)
     if json_path is not None:
         record.write(json_path)
