@@ -29,7 +29,10 @@ def _matmul(r: Relate) -> None:
 
 @rule("addmm", "baddbmm")
 def _add_product(r: Relate) -> None:
-    added, a, b = r.args["self"], *(r.args[k] for k in (("mat1", "mat2") if r.name == "addmm" else ("batch1", "batch2")))
+    added, a, b = (
+        r.args["self"],
+        *(r.args[k] for k in (("mat1", "mat2") if r.name == "addmm" else ("batch1", "batch2"))),
+    )
     product(r, a, b)
     broadcast(r, (added,), r.results[0])
 

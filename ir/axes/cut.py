@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import fx
 
 from ..errors import PreconditionError, VerifyError
@@ -37,15 +38,15 @@ def cut(program: Program, group: ChannelGroup, keep: Sequence[int], *, made_by: 
     rewriter = Rewriter(program, made_by, group.entry)
     shapes = {n: shape for n in rewriter.graph.nodes if (shape := tensor_shape(n)) is not None}
     change = Resize(rewriter, masks, shapes)
+    changed = {node for node, _ in masks}
     for node in list(rewriter.graph.nodes):
         if node.op == "get_attr":
             _slice(rewriter, change, node)
-        elif node.op == "call_function" and (
-            node in change.cut_values or any(operand in change.cut_values for operand in node.all_input_nodes)
-        ):
+        elif node.op == "call_function" and (node in changed or not changed.isdisjoint(node.all_input_nodes)):
+            before = _layout(node)
             _resize(rewriter, change, node)
-            if isinstance(node.meta.get("val"), (tuple, list)):
-                change.cut_values.add(node)
+            if _layout(node) != before:
+                changed.add(node)  # its strides, if nothing else: a view of it may have to become a reshape
 
 
 def _checked(group: ChannelGroup, keep: Sequence[int]) -> set[int]:
@@ -95,13 +96,26 @@ def _masks(program: Program, group: ChannelGroup, keep: set[int], made_by: str) 
 def _slice(rewriter: Rewriter, change: Resize, node: fx.Node) -> None:
     name = str(node.target)
     weight = rewriter.program.weights.get(name)
-    if node not in change.cut_values or weight is None:
+    if weight is None:
         return
+    whole = weight
     for dim in range(len(weight.shape)):
         mask = change.mask(node, dim)
         if mask is not None:
             weight = weight.select(dim, np.flatnonzero(mask).tolist())
-    rewriter.weight(name, weight)
+    if weight is not whole:
+        rewriter.weight(name, weight)
+
+
+def _layout(node: fx.Node) -> Any:
+    """What operators that read a value see of it: shapes and strides."""
+    value = node.meta.get("val")
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    return [
+        (tuple(map(expr_of, v.shape)), tuple(map(expr_of, v.stride())) if v.layout is torch.strided else ())
+        for v in values
+        if isinstance(v, torch.Tensor)
+    ]
 
 
 def _resize(rewriter: Rewriter, change: Resize, node: fx.Node) -> None:

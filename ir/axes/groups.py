@@ -7,16 +7,17 @@ Atoms that consist of the same parts of the same weights form a *group*, and any
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from torch import fx
 
+from ..flow import op_name
 from ..program import Program
-from . import attention, contractions, lookups, norms, pointwise, reductions, reshape, selections  # noqa: F401  (rules)
 from .closure import Closure
-from .relate import relate
-from .space import Count, Index, Junction, Role, Space, Sum
+from .rules import relate
+from .space import Index, Junction, Pin, Relation, Role, Space, Sum, Tie
 from .zero import why_not_zero
 
 Place = tuple[str, int]
@@ -103,11 +104,11 @@ def find_groups(program: Program, entry: str = "main") -> list[ChannelGroup]:
     shared = _shared(program, entry)
     for node in graph.nodes:
         if node.op == "get_attr":
-            for dim in range(len(program.weights[str(node.target)].shape) if str(node.target) in program.weights else 0):
+            for dim in range(
+                len(program.weights[str(node.target)].shape) if str(node.target) in program.weights else 0
+            ):
                 axis = space.axis(node, dim)
                 if axis is not None and str(node.target) in shared:
-                    from .space import Pin
-
                     space.add(Pin(node, axis, shared[str(node.target)]))
         else:
             relate(space, node)
@@ -164,8 +165,6 @@ class _Finder:
         for junction, factor in closure.carriers.items():
             self.carried.add((junction, factor))
             self.reached[junction] = None
-        self.reached = {j: None for j in self.reached if any(
-            (j, f) not in self.carried for f in range(len(self.space.relations[j].factors)))}
         weights = [a for a in closure.start if (p := self.space.place[a]) is not None and p[0].op == "get_attr"]
         self.covered |= set(weights)
         if not weights:
@@ -174,7 +173,13 @@ class _Finder:
         free = np.zeros(count, dtype=bool)
         for axis in weights:
             free[closure.classes(axis)] = True
-        free[closure.pinned()] = False
+        if free.sum() > 1:
+            free[closure.pinned()] = False
+        else:
+            closure.blame.append(
+                (closure.elements(seed), "all of it is coupled into one unit", _node(self.space, seed))
+            )
+            free[:] = False
         if not free.any():
             self.blocked.append((set(weights), self._blocked(closure, weights)))
             return
@@ -245,6 +250,12 @@ class _Finder:
         return ChannelGroup(self.entry, "channel", 0, tuple(members), {}, reason=shown)
 
 
+def _node(space: Space, axis: int) -> fx.Node:
+    """A node that the axis belongs to."""
+    place = space.place[axis]
+    return place[0] if place is not None else space.relations[space.of_axis[axis][0]].node
+
+
 def _unit(space: Space, atoms: dict[int, Index]) -> str:
     """What one atom is, by the roles that its axes have for operators."""
     roles: dict[str, int] = {}
@@ -261,16 +272,19 @@ def _unit(space: Space, atoms: dict[int, Index]) -> str:
         if roles["head"] == 1:
             return "head"
         return "KV group" if blocks else "query head of every KV group"
-    for role in ("query and key channel", "value channel", "convolution group", "normalization group",
-                 "channel of every convolution group"):
+    for role in (
+        "query and key channel",
+        "value channel",
+        "convolution group",
+        "normalization group",
+        "channel of every convolution group",
+    ):
         if role in roles:
             return role
     return "channel"
 
 
-def _why(relations: list[object], members: tuple[Member, ...]) -> str:
-    from ..flow import op_name
-    from .space import Tie
+def _why(relations: Sequence[Relation], members: tuple[Member, ...]) -> str:
 
     names = Counter(op_name(r.node) for r in relations if isinstance(r, (Tie, Junction)))
     made = ", ".join(f"{m.weight}[{m.dim}]" for m in members if not m.reads)
@@ -279,9 +293,4 @@ def _why(relations: list[object], members: tuple[Member, ...]) -> str:
     return f"made by {made or 'no weight'}; read by {read or 'no weight'}; coupled by {through}"
 
 
-def nodes_of(program: Program, group: ChannelGroup) -> dict[str, fx.Node]:
-    """The nodes of a group's entry by name."""
-    return {n.name: n for n in program.entries[group.entry].graph.nodes}
-
-
-__all__ = ["ChannelGroup", "Count", "Member", "find_groups", "nodes_of"]
+__all__ = ["ChannelGroup", "Member", "find_groups"]

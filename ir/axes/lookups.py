@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from .relate import Relate, rule, same_size
 from .pointwise import broadcast
+from .relate import Relate, rule, same_size
 
 _BY_NUMBER = "its elements are looked up by number"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from torch import fx
 
 from .relate import Relate, rule
@@ -30,7 +32,7 @@ def _reduce(r: Relate) -> None:
     order = r.args.get("ord", r.args.get("p", 2))
     for d in range(r.rank(x)):
         if d in over:
-            if r.name in _PICKS or (r.name in ("max", "min") and len(r.results) + (r.node.meta["val"].__class__ in (tuple,)) > 1 and 1 in r.results):
+            if r.name in _PICKS or (r.name in ("max", "min") and 1 in r.results):
                 r.pin((x, d), f"{r.name} says where along it")
             elif r.name in _COUNTED:
                 r.count((x, d), f"{r.name} {_COUNTED[r.name]}")
@@ -45,7 +47,7 @@ def _reduce(r: Relate) -> None:
 
 
 def _spatial(name: str) -> int:
-    return next((int(c) for c, d in zip(name, name[1:], strict=False) if c.isdigit() and d == "d"), 0)
+    return next((int(c) for c, d in pairwise(name) if c.isdigit() and d == "d"), 0)
 
 
 @rule(

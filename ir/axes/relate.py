@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..flow import is_pointwise, op_name
+from ..flow import op_name
 from ..types import expr_of
 from .space import Count, Index, Junction, Pin, Role, Space, Sum, Tie, tensor_shape
 
@@ -204,29 +204,3 @@ class Relate:
                 axis = self.space.axis(node, dim)
                 if axis is not None and axis not in self._spoken:
                     self.pin((node, dim), f"blocked by {self.name}")
-
-
-def relate(space: Space, node: fx.Node) -> None:
-    """Add the relations that one node states."""
-    if node.op == "placeholder":
-        for dim in range(len(tensor_shape(node) or ())):
-            axis = space.axis(node, dim)
-            if axis is not None:
-                space.add(Pin(node, axis, "it is a dimension of an input"))
-        return
-    if node.op == "output":
-        for value in node.all_input_nodes:
-            for dim in range(len(tensor_shape(value) or ())):
-                axis = space.axis(value, dim)
-                if axis is not None:
-                    space.add(Pin(node, axis, "it is a dimension of an output"))
-        return
-    if node.op != "call_function" or op_name(node) == "getitem":
-        return
-    r = Relate(space, node)
-    found = RULES.get("clone" if is_pointwise(node) else r.name)
-    if found is None:
-        r.pin_all(f"blocked by {r.name}, which has no rule")
-        return
-    found(r)
-    r.pin_rest()

@@ -15,7 +15,7 @@ import sympy
 
 from ..types import expr_of
 from .relate import Relate, rule
-from .space import static_size, tensor_shape
+from .space import static_size
 
 
 @dataclass(frozen=True)
@@ -62,17 +62,14 @@ def digits(before: tuple[Any, ...], after: tuple[Any, ...]) -> tuple[list[Digit]
         if a == b:
             found.append(Digit(a, i, j))
             a = b = 1
-        elif b != 1 and (a == 1 or (rest := quotient(a, b)) is None):
-            rest = quotient(b, a) if a != 1 else None
-            if rest is None:
-                return found, i + 1, j + 1
-            found.append(Digit(a, i, j))
-            a, b = 1, rest
-        elif b == 1:
-            return found, i + 1, j + 1
-        else:
+        elif b != 1 and (rest := quotient(a, b)) is not None:
             found.append(Digit(b, i, j))
             a, b = rest, 1
+        elif a != 1 and (rest := quotient(b, a)) is not None:
+            found.append(Digit(a, i, j))
+            a, b = 1, rest
+        else:
+            return found, i + 1, j + 1
 
 
 @rule(
@@ -135,8 +132,3 @@ def _join(r: Relate, place: tuple[Any, int], parts: list[Digit], axes: dict[Digi
     kept = [f for f in factors if f is not None]
     if kept != [axis]:
         r.junction(place, kept)
-
-
-def is_tensor(node: Any) -> bool:
-    """Whether an argument is a node with a tensor value."""
-    return tensor_shape(node) is not None if hasattr(node, "meta") else False

@@ -54,7 +54,6 @@ class Resize:
         self.rewriter = rewriter
         self.masks = masks
         self.shapes = shapes
-        self.cut_values = {node for node, _ in masks}
 
     def mask(self, node: fx.Node, dim: int) -> Mask | None:
         """Which elements of a dimension stay; None when all do."""
@@ -161,7 +160,11 @@ def _repeat_interleave(c: Resize, node: fx.Node) -> Call:
 
 def _span(mask: Mask, chosen: np.ndarray[Any, Any], node: fx.Node) -> tuple[int, int, int]:
     """Start, stop and step, among the elements of ``mask`` that stay, of those of ``chosen`` that stay."""
-    places = (np.cumsum(mask) - 1)[chosen[mask[chosen]]]
+    kept = chosen[mask[chosen]]
+    if not len(kept):
+        before = int(mask[: int(chosen[0]) if len(chosen) else len(mask)].sum())
+        return before, before, 1
+    places = (np.cumsum(mask) - 1)[kept]
     steps = np.unique(np.diff(places))
     if len(steps) > 1:
         raise VerifyError(
@@ -169,8 +172,7 @@ def _span(mask: Mask, chosen: np.ndarray[Any, Any], node: fx.Node) -> tuple[int,
             node=node.name,
             remedy="keep other units",
         )
-    step = int(steps[0]) if len(steps) else 1
-    return int(places[0]), int(places[-1]) + 1, step
+    return int(places[0]), int(places[-1]) + 1, int(steps[0]) if len(steps) else 1
 
 
 @_rule("slice")

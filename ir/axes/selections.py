@@ -48,7 +48,8 @@ def _slice(r: Relate) -> None:
         r.tie((x, dim), (y, dim))
         return
     start, step = r.args["start"], r.args["step"]
-    if not isinstance(size, int) or not isinstance(start, (int, type(None))) or not isinstance(step, int):
+    sizes = (size, expr_of(r.shape(y)[dim]), step, start or 0)
+    if not all(isinstance(s, int) for s in sizes):
         return
     start = 0 if start is None else max(0, min(size, start + size if start < 0 else start))
     _run(r, x, y, dim, start, step)
@@ -58,7 +59,7 @@ def _slice(r: Relate) -> None:
 def _narrow(r: Relate) -> None:
     x, y, dim = r.args["self"], r.results[0], r.dim(r.args["self"], r.args["dim"])
     others(r, x, y, dim)
-    if isinstance(r.args["start"], int) and isinstance(expr_of(r.shape(x)[dim]), int):
+    if all(isinstance(s, int) for s in (r.args["start"], *map(expr_of, (r.shape(x)[dim], r.shape(y)[dim])))):
         _run(r, x, y, dim, r.args["start"] % int(r.shape(x)[dim]))
 
 
@@ -149,6 +150,9 @@ def _times(r: Relate, flat: tuple[fx.Node, int], part: tuple[fx.Node, int], *, o
     """``flat`` is ``part`` repeated as a whole (``outside``) or element by element."""
     axis, whole = r.axis(part), r.axis(flat)
     count, size = expr_of(r.shape(flat[0])[flat[1]]), expr_of(r.shape(part[0])[part[1]])
+    if outside and axis is not None and whole is not None and not isinstance(count, int) and isinstance(size, int):
+        r.tie(flat, part)  # repeated a symbolic number of times: positions modulo its size
+        return
     if not isinstance(count, int) or not isinstance(size, int) or axis is None or whole is None:
         r.pin(flat, f"{r.name} repeats it")
         r.pin(part, f"{r.name} repeats it")

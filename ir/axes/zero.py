@@ -19,9 +19,9 @@ from .space import Count, Index, Relation, Space, Sum, tensor_shape
 # f(0) = 0, for one operand.
 _KEEPS_ZERO = {
     "neg", "relu", "gelu", "silu", "tanh", "hardtanh", "relu6", "leaky_relu", "elu", "selu", "hardswish", "mish", "abs",
-    "sqrt", "square", "sin", "erf", "sign", "clamp_max", "floor", "ceil", "round", "trunc", "masked_fill_zero", "sum",
+    "sqrt", "square", "sin", "erf", "sign", "clamp_max", "floor", "ceil", "round", "trunc", "sum",
     "linalg_vector_norm", "norm", "mean", "avg_pool2d", "avg_pool1d", "max_pool2d", "adaptive_avg_pool2d",
-    "adaptive_avg_pool1d", "roll", "flip", "repeat", "tile", "repeat_interleave", "cat", "concat", "stack", "add", "sub",
+    "adaptive_avg_pool1d", "roll", "flip", "repeat", "tile", "repeat_interleave",
     "dropout", "constant_pad_nd", "glu", "tril", "triu", "cumsum", "asinh", "sinh", "tan", "log1p", "expm1",
 }  # fmt: skip
 _PRODUCTS = {"mul", "multiply", "matmul", "mm", "bmm", "einsum", "graphlathe.rotary_embedding", "logical_and"}
@@ -57,6 +57,8 @@ class _Zeros:
     def __init__(self, places: set[tuple[fx.Node, int]]) -> None:
         self.places = places
         self.active = {node for node, _ in places}
+        # A value of several tensors is as zero as what it is made from.
+        self.active |= {node.all_input_nodes[0] for node in self.active if op_name(node) == "getitem"}
         self._known: dict[fx.Node, bool] = {}
 
     def is_zero(self, node: fx.Node) -> bool:
@@ -86,6 +88,8 @@ class _Zeros:
         if node.op != "call_function":
             return False
         name, args = op_name(node), bind(node)
+        if name == "getitem":
+            return self._of(node.args[0])
         operands = [n for n in node.all_input_nodes if tensor_shape(n) is not None]
         match name:
             case "linear":
