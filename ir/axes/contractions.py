@@ -98,7 +98,8 @@ def _convolution(r: Relate) -> None:
         r.tie((y, 1), (weight, outputs))
         return
     group = r.space.inner(groups)
-    r.role_of(group, "convolution group")
+    if x.meta["val"].shape[1] != groups or weight.meta["val"].shape[0] != groups:  # else each group is a channel
+        r.role_of(group, "convolution group")
     # The kernel's first dimension holds the groups, its second is inside one.
     first, second = ((x, 1), (y, 1)) if transposed else ((y, 1), (x, 1))
     r.tie((weight, 0), first)

@@ -40,12 +40,8 @@ def quotient(large: Any, small: Any) -> Any:
     return int(ratio) if ratio.is_Integer else ratio
 
 
-def digits(before: tuple[Any, ...], after: tuple[Any, ...]) -> tuple[list[Digit], int, int]:
-    """The common digits of two shapes, innermost first.
-
-    Returns:
-        The digits, and how many leading dimensions of each shape have no common digits.
-    """
+def digits(before: tuple[Any, ...], after: tuple[Any, ...]) -> list[Digit]:
+    """The common digits of two shapes, innermost first; dimensions without common digits are left out."""
     found: list[Digit] = []
     i, j = len(before), len(after)
     a: Any = 1
@@ -58,7 +54,7 @@ def digits(before: tuple[Any, ...], after: tuple[Any, ...]) -> tuple[list[Digit]
             j -= 1
             b = expr_of(after[j])
         if a == 1 and b == 1:
-            return found, 0, 0
+            return found
         if a == b:
             found.append(Digit(a, i, j))
             a = b = 1
@@ -69,7 +65,33 @@ def digits(before: tuple[Any, ...], after: tuple[Any, ...]) -> tuple[list[Digit]
             found.append(Digit(a, i, j))
             a, b = 1, rest
         else:
-            return found, i + 1, j + 1
+            break
+    # From where the sides part, leading dimensions of equal size are still the same.
+    outer: list[Digit] = []
+    for dim in range(min(i, j) + 1):
+        same = dim < len(before) and dim < len(after) and expr_of(before[dim]) == expr_of(after[dim])
+        if not same or any(d.before == dim or d.after == dim for d in found):
+            break
+        outer.append(Digit(expr_of(before[dim]), dim, dim))
+    return _complete([*found, *(d for d in reversed(outer) if d.size != 1)], before, after)
+
+
+def _complete(found: list[Digit], before: tuple[Any, ...], after: tuple[Any, ...]) -> list[Digit]:
+    """The digits of dimensions that have all of their digits."""
+    while True:
+        left = [1] * len(before), [1] * len(after)
+        for digit in found:
+            left[0][digit.before] *= digit.size
+            left[1][digit.after] *= digit.size
+        whole = [
+            digit
+            for digit in found
+            if quotient(expr_of(before[digit.before]), left[0][digit.before]) == 1
+            and quotient(expr_of(after[digit.after]), left[1][digit.after]) == 1
+        ]
+        if len(whole) == len(found):
+            return whole
+        found = whole
 
 
 @rule(
@@ -87,12 +109,13 @@ def _reshape(r: Relate) -> None:
     if any(expr_of(size) == 0 for shape in shapes for size in shape):
         r.pin_all("it has no elements")
         return
-    found, mixed_before, mixed_after = digits(*shapes)
-    sides = ((source, mixed_before), (result, mixed_after))
-    for node, mixed in sides:
-        for dim in range(mixed):
-            r.pin((node, dim), f"{r.name} mixes it with other dimensions")
-    found = [d for d in found if d.before >= mixed_before and d.after >= mixed_after]
+    found = digits(*shapes)
+    sides = (source, result)
+    for side, node in enumerate(sides):
+        known = {(d.before, d.after)[side] for d in found}
+        for dim in range(r.rank(node)):
+            if dim not in known:
+                r.pin((node, dim), f"{r.name} mixes it with other dimensions")
     alone = [
         {dim: sum((d.before, d.after)[side] == dim for d in found) == 1 for dim in range(len(shapes[side]))}
         for side in (0, 1)
@@ -106,12 +129,11 @@ def _reshape(r: Relate) -> None:
         else:
             size = static_size(digit.size)
             axes[digit] = r.space.inner(size) if size > 1 else None
-    for side, (node, mixed) in enumerate(sides):
-        for dim in range(mixed, len(shapes[side])):
+    for side, node in enumerate(sides):
+        for dim in range(r.rank(node)):
             parts = [d for d in reversed(found) if (d.before, d.after)[side] == dim]
-            if len(parts) == 1 and axes[parts[0]] is not None and side == 0:
-                continue  # the digit's axis is this dimension itself
-            _join(r, (node, dim), parts, axes)
+            if parts:
+                _join(r, (node, dim), parts, axes)
 
 
 def _join(r: Relate, place: tuple[Any, int], parts: list[Digit], axes: dict[Digit, int | None]) -> None:

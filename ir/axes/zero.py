@@ -119,9 +119,11 @@ class _Zeros:
             case "clamp" | "clamp_min":
                 low, high = args.get("min"), args.get("max")
                 return self._of(args["self"]) and not (low or 0) > 0 and not (0 if high is None else high) < 0
-            case "add" | "sub" | "cat" | "concat" | "stack" | "maximum" | "minimum" | "concatenate":
-                given = args.get("tensors") or [args.get("self"), args.get("other")]
-                return all(map(self._of, given))
+            case "cat" | "concat" | "concatenate" | "stack":
+                # What is cut from the result comes from the operands that are cut.
+                return all(self._of(o) for o in operands if o in self.active)
+            case "add" | "sub" | "maximum" | "minimum":
+                return self._of(args.get("self")) and self._of(args.get("other"))
             case _ if name in _PRODUCTS:
                 if name.startswith("graphlathe"):
                     return self._of(operands[0])

@@ -448,13 +448,20 @@ def test_digits_rebuild_both_shapes(before: list[int], order: random.Random) -> 
     while total > 1:
         after.append(order.choice([f for f in range(2, total + 1) if total % f == 0]))
         total //= after[-1]
-    found, mixed_before, mixed_after = digits(tuple(before), tuple(after))
-    for side, shape, mixed in ((0, before, mixed_before), (1, after, mixed_after)):
-        for dim in range(mixed, len(shape)):
+    found = digits(tuple(before), tuple(after))
+    for side, shape in ((0, before), (1, after)):
+        for dim in {(d.before, d.after)[side] for d in found}:
             sizes = [d.size for d in found if (d.before, d.after)[side] == dim]
             assert int(torch.tensor([1, *sizes]).prod()) == shape[dim]
     places = [(d.before, d.after) for d in found]
     assert places == sorted(places, reverse=True)
+
+
+def test_digits_of_shapes_that_part() -> None:
+    """Two dimensions are merged otherwise than they were split; what is around them keeps its digits."""
+    assert [(d.size, d.before, d.after) for d in digits((5, 2, 6, 7), (5, 3, 4, 7))] == [(7, 3, 3), (5, 0, 0)]
+    assert [(d.size, d.before, d.after) for d in digits((4, 3), (2, 6))] == [(3, 1, 1), (2, 0, 1), (2, 0, 0)]
+    assert digits((2, 3), (3, 2)) == []
 
 
 def sampled(groups: list[ChannelGroup], limit: int) -> list[ChannelGroup]:
