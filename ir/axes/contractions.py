@@ -134,3 +134,16 @@ def _expert_linear(r: Relate) -> None:
     if bias is not None:
         r.tie((bias, 1), (weight, 2))
         r.tie((bias, 0), (weight, 0))
+
+
+@rule("_grouped_mm", "transformers.grouped_mm_fallback", "transformers.grouped_mm")
+def _grouped_product(r: Relate) -> None:
+    """Rows in runs, each run times the matrix of its group."""
+    x, weight, y = r.tensors()[0], r.tensors()[1], r.results[0]
+    if r.rank(x) != 2 or r.rank(weight) != 3:
+        return
+    r.tie((x, 0), (y, 0))
+    r.tie((x, 1), (weight, 1))
+    r.sum((weight, 1), x, weight)
+    r.tie((y, 1), (weight, 2))
+    r.pin((weight, 0), "groups are chosen by number")

@@ -68,3 +68,33 @@ def _masked_scatter(r: Relate) -> None:
     broadcast(r, (r.args["self"], r.args["mask"]), r.results[0])
     for d in range(r.rank(r.results[0])):
         r.pin((r.results[0], d), "masked_scatter counts elements in order")
+
+
+@rule("scatter", "scatter_add")
+def _scatter(r: Relate) -> None:
+    x, y = r.args["self"], r.results[0]
+    r.ties(x, y, ((d, d) for d in range(r.rank(x))))
+    dim = r.dim(x, r.args["dim"])
+    r.pin((x, dim), _BY_NUMBER)
+    operands: list[fx.Node] = [o for o in (r.args["index"], r.args.get("src")) if isinstance(o, fx.Node)]
+    for operand in operands:
+        for d in range(r.rank(operand)):
+            if d != dim and same_size(r.shape(operand)[d], r.shape(x)[d]):
+                r.tie((operand, d), (y, d))
+
+
+@rule("index_put")
+def _index_put(r: Relate) -> None:
+    x, values, y = r.args["self"], r.args["values"], r.results[0]
+    indices: list[fx.Node | None] = list(r.args["indices"])
+    first = indices[0]
+    if len(indices) != 1 or first is None or first.meta["val"].dtype is torch.bool:
+        return
+    r.tie((x, 0), (y, 0))
+    r.pin((x, 0), _BY_NUMBER)
+    for d in range(1, r.rank(x)):
+        r.tie((x, d), (y, d))
+        # Behind the index, the dimensions of what is written are those of the target.
+        place = d - r.rank(x)
+        if -place <= r.rank(values) and same_size(r.shape(values)[place], r.shape(x)[d]):
+            r.tie((values, place), (y, d))
