@@ -22,6 +22,7 @@ from graphlathe.ir.errors import PreconditionError, VerifyError
 from graphlathe.ir.from_torch import trace
 from graphlathe.ir.program import Program
 from graphlathe.ir.verify import relative_error, verify
+from graphlathe.kernels.expert_linear import expert_linear
 from graphlathe.passes.base import Context
 from graphlathe.passes.canonical.raise_all import RaiseAll
 from graphlathe.tools import zoo
@@ -114,6 +115,21 @@ def rotary(m: nn.Module, x: Tensor) -> Tensor:
 
     q, k = (turn(layer(x).view(b, s, 2, 8).transpose(1, 2)) for layer in (m.q, m.k))
     return m.o(functional.scaled_dot_product_attention(q, k, x[:, None].expand(-1, 2, -1, -1)).mean(1))
+
+
+def merged_attention(m: nn.Module, x: Tensor) -> Tensor:
+    """Four heads merged with the batch into one dimension of symbolic size."""
+    b, s, _ = x.shape
+    q, k, v = (layer(x).view(b, s, 4, 4).transpose(1, 2).reshape(b * 4, s, 4) for layer in (m.q, m.k, m.v))
+    y = torch.bmm(torch.softmax(torch.bmm(q, k.transpose(1, 2)), -1), v)
+    return m.o(y.view(b, 4, s, 4).transpose(1, 2).reshape(b, s, -1))
+
+
+def put_back(m: nn.Module, x: Tensor) -> Tensor:
+    """Rows in another order, and back by number."""
+    order = torch.tensor([3, 1, 0, 4, 2])
+    y = m.a(x)[:, order].transpose(0, 1)
+    return m.b(torch.zeros_like(y).index_put((order,), y).transpose(0, 1))
 
 
 def rms(x: Tensor, gain: nn.Parameter) -> Tensor:
@@ -290,6 +306,40 @@ CASES: dict[str, Case] = {
         lambda: Lambda(lambda m, x: fused_attention(m, x, "view"), qkv=linear(16, 48), o=linear(16, 4)),
         TEXT,
         {("head", 4): 1, ("query and key channel", 4): 1},
+    ),
+    "heads merged with the batch": Case(
+        lambda: Lambda(merged_attention, q=linear(16, 16), k=linear(16, 16), v=linear(16, 16), o=linear(16, 4)),
+        TEXT,
+        {("channel", 4): 3},  # heads, which nothing calls so here, and the channels of queries and of values
+    ),
+    "einsum": Case(
+        lambda: Lambda(lambda m, x: m.o(torch.einsum("bsc,chd->bshd", x, m.w).flatten(2)), w=noise(16, 4, 6),
+                       o=linear(24, 4)),
+        TEXT,
+        {("channel", 4): 1, ("channel", 6): 1},
+    ),
+    "repeated channels": Case(
+        lambda: Lambda(lambda m, x: m.o(m.a(x).repeat_interleave(3, -1) + m.a(x).repeat(1, 1, 3)), a=linear(16, 4),
+                       o=linear(12, 4)),
+        TEXT,
+        {},  # channel i is repeated at 3 i and at i + 4: all of them hang together
+    ),
+    "rows put back by number": Case(
+        lambda: Lambda(put_back, a=linear(16, 12), b=linear(12, 4)), TEXT, {("channel", 12): 1}
+    ),
+    "mixture of experts": Case(
+        lambda: Lambda(
+            lambda m, x: m.o(
+                expert_linear(
+                    torch.relu(expert_linear(x, m.up, m.chosen.expand(x.shape[0], 5), m.bias)),
+                    m.down, m.chosen.expand(x.shape[0], 5),
+                )
+            ),
+            up=noise(3, 16, 12), bias=noise(3, 12), down=noise(3, 12, 8), o=linear(8, 4),
+            chosen=nn.Parameter(torch.tensor([[0, 2, 1, 1, 0]]), requires_grad=False),
+        ),
+        TEXT,
+        {("channel", 12): 1, ("channel", 8): 1},
     ),
     "rotary pairs": Case(
         lambda: Lambda(rotary, q=linear(16, 16), k=linear(16, 16), o=linear(16, 4), frequency=noise(4)),
