@@ -196,20 +196,29 @@ class Rewriter:
         user.replace_input_with(old, new)
         self._mutated("replace", user)
 
-    def set_args(self, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> None:
+    def set_args(
+        self, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any] | None = None, target: Target | None = None
+    ) -> None:
         """Give a node other arguments and infer its value again; the types of its users are not inferred again.
+
+        Args:
+            node: the node to change.
+            args, kwargs: its new arguments; without ``kwargs`` the old ones stay.
+            target: another operator for it (a ``reshape`` for a ``view``).
 
         Raises:
             VerifyError: the operator refuses them; the node keeps its old ones then.
         """
-        old = node.args, node.kwargs
+        old = node.args, node.kwargs, node.target
         node.args = tuple(args)
         if kwargs is not None:
             node.kwargs = kwargs
+        if target is not None:
+            node.target = target
         try:
             node.meta["val"] = infer(self.program, node)
         except GraphlatheError:
-            node.args, node.kwargs = old
+            node.args, node.kwargs, node.target = old
             raise
         self._mutated("change", node)
 

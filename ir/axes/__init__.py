@@ -1,0 +1,12 @@
+"""Coupled-channel groups: what can be cut together, and cutting it.
+
+`find_groups` says which slices of which weights form one removable unit (a channel, a head, a key and value head with
+its query heads); `cut` removes units from a program.
+"""
+
+from __future__ import annotations
+
+from .cut import cut
+from .groups import ChannelGroup, Member, find_groups
+
+__all__ = ["ChannelGroup", "Member", "cut", "find_groups"]

@@ -1,0 +1,76 @@
+"""What cutting channels should compute: the uncut graph, with the cut channels' weights zeroed.
+
+Zero means 'not there' almost everywhere, but not to an operator that counts channels (a norm, a mean): those see only
+the channels that stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.node import map_arg
+
+from graphlathe.ir.axes import ChannelGroup
+from graphlathe.ir.program import Program
+from graphlathe.ir.weights import Weight
+
+aten = torch.ops.aten
+
+COUNTING = {aten.mean.dim, aten.layer_norm.default, aten.group_norm.default}
+
+
+def zeroed(program: Program, group: ChannelGroup, keep: Sequence[int]) -> Program:
+    """A program with the weights of all other atoms set to zero."""
+    new = program.clone()
+    gone = [atom for atom in range(group.size) if atom not in keep]
+    for member in group.members:
+        value = new.weights[member.weight].tensor().clone()
+        value.index_fill_(member.dim, torch.from_numpy(member.index[gone].reshape(-1)), 0)
+        new.weights[member.weight] = Weight.from_tensor(value)
+    return new
+
+
+def run_masked(program: Program, group: ChannelGroup, keep: Sequence[int], feeds: Mapping[str, Any]) -> dict[str, Any]:
+    """Run the zeroed program; operators that count see the channels that stay, and give zero elsewhere."""
+    masked = zeroed(program, group, keep)
+    stays = {
+        place: torch.tensor([label < 0 or label in set(keep) for label in labels.tolist()])
+        for place, labels in group.places.items()
+    }
+    entry = masked.main
+    values = dict(zip(entry.placeholders, (feeds[name] for name in entry.inputs), strict=True))
+    env: dict[fx.Node, Any] = dict(values)
+    with torch.no_grad():
+        for node in entry.graph.nodes:
+            if node.op == "get_attr":
+                env[node] = masked.weights[str(node.target)].tensor()
+            elif node.op == "call_function":
+                args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
+                run = counting if node.target in COUNTING else None
+                env[node] = run(node, args, kwargs, stays) if run else node.target(*args, **kwargs)
+    return {name: env[value] for name, value in zip(entry.outputs, entry.output_values, strict=True)}
+
+
+def counting(node: fx.Node, args: Any, kwargs: Any, stays: Mapping[tuple[str, int], torch.Tensor]) -> Any:
+    """An operator on the channels that stay, its result spread over all channels again."""
+
+    def kept(operand: Any, value: Any) -> Any:
+        if isinstance(operand, fx.Node):
+            for dim in range(value.dim()):
+                if (operand.name, dim) in stays:
+                    value = value.index_select(dim, stays[operand.name, dim].nonzero()[:, 0])
+        return value
+
+    small = [kept(a, v) for a, v in zip(node.args, args, strict=True)]
+    if node.target is aten.layer_norm.default:
+        small[1] = list(small[0].shape[-len(args[1]) :])
+    result = node.target(*small, **kwargs)
+    for dim in range(result.dim()):
+        mask = stays.get((node.name, dim))
+        if mask is not None:
+            spread = result.new_zeros([*result.shape[:dim], len(mask), *result.shape[dim + 1 :]])
+            result = spread.index_copy(dim, mask.nonzero()[:, 0], result)
+    return result
