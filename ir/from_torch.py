@@ -184,7 +184,7 @@ def _own_tensors(values: list[Any]) -> list[Any]:
             return leaf
         leaf = leaf.clone() if id(leaf) in seen else leaf
         seen.add(id(leaf))
-        # torch.export marks dynamic dimensions on the tensors that it is given, and leaves the marks there when it fails.
+        # torch.export marks dynamic dimensions on the tensors it is given, and leaves the marks there when it fails.
         return leaf.contiguous().detach()
 
     return [pytree.tree_map(own, value) for value in values]

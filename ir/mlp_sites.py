@@ -147,17 +147,18 @@ def find_inner_mlps(flow: Flow, known: Collection[fx.Node]) -> list[MlpSite]:
 
 
 def _between(flow: Flow, start: fx.Node, output: fx.Node) -> list[fx.Node]:
-    """The operators that compute one value from another one and weights only; none if there are more than a branch has."""
-    seen, stack = {output}, [output]
+    """The operators that compute one value from another and weights only; none if there are more than a branch has."""
+    seen, stack, reached = {output}, [output], False
     while stack:
         for operand in stack.pop().all_input_nodes:
+            reached = reached or operand is start
             if operand is start or operand in seen or not flow.data.get(operand):
                 continue
             if operand.op == "placeholder" or len(seen) > _LARGEST_BRANCH:
                 return []
             seen.add(operand)
             stack.append(operand)
-    return sorted(seen, key=flow.position.__getitem__) if flow.depends(output, start) else []
+    return sorted(seen, key=flow.position.__getitem__) if reached else []
 
 
 def _dense(

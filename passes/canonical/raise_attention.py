@@ -164,7 +164,12 @@ class _Raising:
             scale = None
         like = found.output
         if found.softcap is not None or found.sinks is not None:
-            options: dict[str, Any] = {"is_causal": causal, "scale": scale, "softcap": found.softcap, "sinks": self._sinks(found)}
+            options: dict[str, Any] = {
+                "is_causal": causal,
+                "scale": scale,
+                "softcap": found.softcap,
+                "sinks": self._sinks(found),
+            }
             given = {name: o for name, o in options.items() if o is not None and o is not False}
             return call(attention, query, key, value, *([] if mask is None else [mask]), like=like, **given)
         options = {"is_causal": causal, "scale": scale, "enable_gqa": grouped}

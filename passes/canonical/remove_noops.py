@@ -8,9 +8,9 @@
 
 What counts as nothing: copies and aliases, casts to the type that a value has (and there and back through a wider one),
 dropout at inference, views to the same shape, permutations that cancel, whole slices, padding by zero, concatenation of
-one part, an axis added and taken away, multiplication by one, ``and true``. Permutations of two dimensions are written ``transpose``; ``view`` and
-``_unsafe_view`` become ``reshape``, which asks nothing of strides. Then copies made only for the sake of strides can
-go, except before operators that do look at strides.
+one part, an axis added and taken away, multiplication by one, ``and true``. Permutations of two dimensions are written
+``transpose``; ``view`` and ``_unsafe_view`` become ``reshape``, which asks nothing of strides. Then copies made only
+for the sake of strides can go, except before operators that do look at strides.
 
 ``x + 0.0`` stays: it turns -0.0 into 0.0. Sizes are compared symbolically, at every size that the signature allows.
 """

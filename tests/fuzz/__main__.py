@@ -1,4 +1,4 @@
-"""``make fuzz``: random cases of each kind in turn, until the time is up; prints the seed, and how to repeat a failure."""
+"""``make fuzz``: random cases of each kind in turn, until the time is up; prints the seed."""
 
 from __future__ import annotations
 

@@ -275,9 +275,18 @@ def onnx_external(folder: Path, rng: random.Random) -> Path:
     (folder.parent / "secret.bin").write_bytes(bytes(4096))
     (folder / "link.bin").unlink(missing_ok=True)
     (folder / "link.bin").symlink_to(folder.parent / "secret.bin")
-    places = ("../secret.bin", str(folder.parent / "secret.bin"), "link.bin", "/dev/zero", "/etc/passwd", ".", "", "missing")
+    places = (
+        "../secret.bin",
+        str(folder.parent / "secret.bin"),
+        "link.bin",
+        "/dev/zero",
+        "/etc/passwd",
+        ".",
+        "",
+        "missing",
+    )
     values = {
-        "location": places + ("a/../../secret.bin", "model.onnx", "data.bin\x00"),
+        "location": (*places, "a/../../secret.bin", "model.onnx", "data.bin\x00"),
         "offset": ("-1", "10000", "x", "", "99999999999999999999", "1e3"),
         "length": ("0", "-48", "47", "49", "1000000000000", "y"),
     }
@@ -333,7 +342,9 @@ def saved_text(folder: Path, rng: random.Random) -> Path:
             case 2:
                 words[rng.randrange(len(words))] = str(rng.choice((*ABSURD, 10**40, 1e400, "nan")))
             case 3:
-                words[rng.randrange(len(words))] = rng.choice((*TEXTS, "[" * 2000, "(" * 2000 + ")" * 2000, "%1", "f32[B]"))
+                words[rng.randrange(len(words))] = rng.choice(
+                    (*TEXTS, "[" * 2000, "(" * 2000 + ")" * 2000, "%1", "f32[B]")
+                )
             case 4:
                 other = rng.choice(lines).split(" ")
                 words[rng.randrange(len(words))] = rng.choice(other)
@@ -348,6 +359,7 @@ def saved_text(folder: Path, rng: random.Random) -> Path:
 DAMAGES: dict[str, Callable[[Path, random.Random], Path]] = {
     function.__name__: function
     for function in (
-        onnx_bytes, onnx_fields, onnx_names, onnx_sizes, onnx_nested, onnx_external, saved_bytes, saved_json, saved_text,
+        onnx_bytes, onnx_fields, onnx_names, onnx_sizes, onnx_nested, onnx_external,
+        saved_bytes, saved_json, saved_text,
     )
 }  # fmt: skip

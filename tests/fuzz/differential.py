@@ -167,4 +167,3 @@ def _compare(
         with np.errstate(invalid="ignore"):
             same = (a == b) | (np.isnan(a) & np.isnan(b)) | (np.abs(a - b) <= bound)
         assert same.all(), f"{where}: output {place}: {a[~same][:4]} is not {b[~same][:4]} (bound {bound:.2g})"
-

@@ -20,10 +20,10 @@ _GRID = 256
 _SMOOTH = (torch.sigmoid, torch.tanh, F.gelu, F.silu, F.softplus, torch.erf, torch.cos, F.mish, torch.atan, F.elu)
 _EXACT = (torch.relu, torch.neg, torch.abs, F.hardtanh, torch.square)
 _STEPS = (
-    "unary", "unary", "binary", "binary", "number", "clamp", "where", "masked", "logic", "convert", "reduce", "arg", "sort",
-    "cumsum", "softmax", "norm", "linear", "matmul", "conv", "pool", "attention", "embedding", "einsum", "permute",
-    "reshape", "expand", "unsqueeze", "squeeze", "cat", "stack", "split", "slice", "select", "index", "gather", "pad",
-    "triangle", "flip", "repeat", "range", "full", "inplace", "one_hot",
+    "unary", "unary", "binary", "binary", "number", "clamp", "where", "masked", "logic", "convert", "reduce", "arg",
+    "sort", "cumsum", "softmax", "norm", "linear", "matmul", "conv", "pool", "attention", "embedding", "einsum",
+    "permute", "reshape", "expand", "unsqueeze", "squeeze", "cat", "stack", "split", "slice", "select", "index", "gather",
+    "pad", "triangle", "flip", "repeat", "range", "full", "inplace", "one_hot",
 )  # fmt: skip
 
 
@@ -146,7 +146,9 @@ class _Builder:
             return [_Value(node, result, exact and self._on_grid(result))]
         parts: list[_Value] = []
         for i, part in enumerate(result):
-            parts.append(_Value(self.graph.call_function(operator.getitem, (node, i)), part, exact and self._on_grid(part)))
+            parts.append(
+                _Value(self.graph.call_function(operator.getitem, (node, i)), part, exact and self._on_grid(part))
+            )
         return parts
 
     def _inside(self, argument: Any) -> list[_Value]:
@@ -272,7 +274,9 @@ class _Builder:
         x = self.floating(filled=True)
         if x is None:
             return []
-        op = self.draw(st.sampled_from([torch.sum, torch.mean, torch.amax, torch.amin, torch.prod, torch.var, torch.norm]))
+        op = self.draw(
+            st.sampled_from([torch.sum, torch.mean, torch.amax, torch.amin, torch.prod, torch.var, torch.norm])
+        )
         if op in (torch.prod, torch.norm, torch.var) or not x.rank:
             return self.call(op, x, unbiased=False) if op is torch.var else self.call(op, x)
         axes = sorted({self.axis(x) % x.rank for _ in range(self.draw(st.integers(1, 2)))})
@@ -389,7 +393,9 @@ class _Builder:
         def shape_of(value: _Value) -> list[int]:
             return [n for i, n in enumerate(value.shape) if axis is None or i != axis % x.rank]
 
-        found = self.pick(lambda v: v.tensor.dtype == x.tensor.dtype and v.rank == x.rank and shape_of(v) == shape_of(x))
+        found = self.pick(
+            lambda v: v.tensor.dtype == x.tensor.dtype and v.rank == x.rank and shape_of(v) == shape_of(x)
+        )
         assert found is not None
         return found
 

@@ -27,9 +27,9 @@ _EXACT = ("Relu", "Neg", "Abs", "Identity", "Sign", "Floor", "Ceil", "Round", "H
 _SINCE = {"Mish": 18, "Gelu": 20, "HardSwish": 14}
 _REDUCE = ("ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceSumSquare")
 _STEPS = (
-    "unary", "unary", "binary", "binary", "clip", "compare", "logic", "where", "cast", "reduce", "argmax", "topk", "cumsum",
-    "softmax", "layer_norm", "batch_norm", "matmul", "gemm", "conv", "pool", "global_pool", "einsum", "transpose",
-    "reshape", "reshape_by_shape", "flatten", "squeeze", "unsqueeze", "concat", "split", "slice", "gather",
+    "unary", "unary", "binary", "binary", "clip", "compare", "logic", "where", "cast", "reduce", "argmax", "topk",
+    "cumsum", "softmax", "layer_norm", "batch_norm", "matmul", "gemm", "conv", "pool", "global_pool", "einsum",
+    "transpose", "reshape", "reshape_by_shape", "flatten", "squeeze", "unsqueeze", "concat", "split", "slice", "gather",
     "gather_elements", "expand", "tile", "pad", "trilu", "one_hot", "integer", "constant",
 )  # fmt: skip
 
@@ -296,7 +296,9 @@ class _Builder:
         x = self.pick(lambda v: v.exact)
         if x is None:
             return []
-        to = self.draw(st.sampled_from([TensorProto.INT64, TensorProto.BOOL, helper.np_dtype_to_tensor_dtype(self.float_type)]))
+        to = self.draw(
+            st.sampled_from([TensorProto.INT64, TensorProto.BOOL, helper.np_dtype_to_tensor_dtype(self.float_type)])
+        )
         return self.add("Cast", [x], to=to)
 
     def _reduce(self) -> list[Value]:
@@ -364,7 +366,11 @@ class _Builder:
             return []
         if self.draw(st.booleans()):
             return self.add("MatMul", [x, self.weight(x.array.shape[-1], self.size())])
-        y = self.pick(lambda v: v.array.dtype == self.float_type and v.rank == x.rank == 2 and v.array.shape[0] == x.array.shape[1])
+        y = self.pick(
+            lambda v: (
+                v.array.dtype == self.float_type and v.rank == x.rank == 2 and v.array.shape[0] == x.array.shape[1]
+            )
+        )
         return self.add("MatMul", [x, y]) if y is not None else []
 
     def _gemm(self) -> list[Value]:
@@ -388,7 +394,9 @@ class _Builder:
         bias = self.weight(2 * groups) if self.draw(st.booleans()) else None
         pads = [self.draw(st.integers(0, 1)) for _ in range(2 * spatial)]
         strides = [self.draw(st.integers(1, 2))] * spatial
-        return self.add("Conv", [x, weight, bias], group=groups, pads=pads, strides=strides, kernel_shape=[kernel] * spatial)
+        return self.add(
+            "Conv", [x, weight, bias], group=groups, pads=pads, strides=strides, kernel_shape=[kernel] * spatial
+        )
 
     def _pool(self) -> list[Value]:
         x = self.floating(3, 4)
@@ -477,7 +485,9 @@ class _Builder:
         def shape_without(value: Value) -> list[int]:
             return [n for i, n in enumerate(value.array.shape) if i != axis % value.rank]
 
-        same = self.pick(lambda v: v.array.dtype == x.array.dtype and v.rank == x.rank and shape_without(v) == shape_without(x))
+        same = self.pick(
+            lambda v: v.array.dtype == x.array.dtype and v.rank == x.rank and shape_without(v) == shape_without(x)
+        )
         assert same is not None
         return self.add("Concat", [x, same] if self.draw(st.booleans()) else [x, same, x], axis=axis)
 
@@ -518,7 +528,9 @@ class _Builder:
         x = self.pick(lambda v: v.rank > 0 and v.array.size > 0)
         if x is None:
             return []
-        return self.add("GatherElements", [x, self.constant(np.zeros(x.array.shape, dtype=np.int64))], axis=self.axis(x))
+        return self.add(
+            "GatherElements", [x, self.constant(np.zeros(x.array.shape, dtype=np.int64))], axis=self.axis(x)
+        )
 
     def _expand(self) -> list[Value]:
         x = self.pick(lambda v: v.rank < 4)
@@ -544,13 +556,20 @@ class _Builder:
         x = self.floating(2)
         if x is None or self.opset < 14:
             return []
-        return self.add("Trilu", [x, self.constant(np.array(self.draw(st.integers(-1, 1)), dtype=np.int64))], upper=int(self.draw(st.booleans())))
+        return self.add(
+            "Trilu",
+            [x, self.constant(np.array(self.draw(st.integers(-1, 1)), dtype=np.int64))],
+            upper=int(self.draw(st.booleans())),
+        )
 
     def _one_hot(self) -> list[Value]:
         x = self.pick(lambda v: v.array.dtype == np.int64 and v.rank < 4)
         if x is None:
             return []
-        depth, values = self.constant(np.array(4, dtype=np.int64)), self.constant(np.array([0.25, 2], dtype=self.float_type))
+        depth, values = (
+            self.constant(np.array(4, dtype=np.int64)),
+            self.constant(np.array([0.25, 2], dtype=self.float_type)),
+        )
         return self.add("OneHot", [x, depth, values], axis=-1)
 
     def _constant(self) -> list[Value]:
@@ -575,7 +594,8 @@ class _Builder:
             for name, array in self.feeds.items()
         ]
         results = [
-            helper.make_tensor_value_info(v.name, helper.np_dtype_to_tensor_dtype(v.array.dtype), [None] * v.rank) for v in outputs
+            helper.make_tensor_value_info(v.name, helper.np_dtype_to_tensor_dtype(v.array.dtype), [None] * v.rank)
+            for v in outputs
         ]
         weights = [numpy_helper.from_array(a, name) for name, a in self.initializers.items()]
         graph = helper.make_graph(self.nodes, "fuzz", inputs, results, weights)
