@@ -22,8 +22,8 @@ _EXACT = (torch.relu, torch.neg, torch.abs, F.hardtanh, torch.square)
 _STEPS = (
     "unary", "unary", "binary", "binary", "number", "clamp", "where", "masked", "logic", "convert", "reduce", "arg",
     "sort", "cumsum", "softmax", "norm", "linear", "matmul", "conv", "pool", "attention", "embedding", "einsum",
-    "permute", "reshape", "expand", "unsqueeze", "squeeze", "cat", "stack", "split", "slice", "select", "index", "gather",
-    "pad", "triangle", "flip", "repeat", "range", "full", "inplace", "one_hot",
+    "permute", "reshape", "expand", "unsqueeze", "squeeze", "cat", "stack", "split", "slice", "select", "index",
+    "gather", "pad", "triangle", "flip", "repeat", "range", "full", "inplace", "one_hot",
 )  # fmt: skip
 
 
