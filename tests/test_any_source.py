@@ -20,7 +20,7 @@ from graphlathe.ir.program import Program
 from graphlathe.ir.structure import Structure, structure
 from graphlathe.tools import zoo
 from graphlathe.tools.zoo.legacy_onnx import write_legacy_onnx
-from tests.ir.site_truth import truth_of
+from tests.ir.site_truth import BLOCKS, truth_of
 from tests.zoo_programs import zoo_parameters
 
 CONVOLUTIONS = {"convnext", "convnextv2"}
@@ -47,6 +47,7 @@ def raised(program: Program, example: Mapping[str, torch.Tensor]) -> Structure:
 def assert_sites(name: str, found: Structure) -> None:
     """Heads, heads of keys and values, head_dim and MLP widths are the configuration's, and so are the blocks."""
     truth = truth_of(name, zoo.get(name).module())
+    assert tuple(len(stream.blocks) for stream in found.streams) == BLOCKS[name]
     assert Counter((a.heads, a.kv_heads, a.head_dim) for a in found.attention) == truth.attention
     assert Counter(m.width for m in found.mlps) == truth.mlps
     assert not found.missing, [str(m) for m in found.missing]

@@ -12,6 +12,12 @@ from typing import Any
 
 from torch import nn
 
+from graphlathe.tools import zoo
+
+# The zoo counts Funnel's configured encoder layers; its pooling between them and its decoder of two layers make three
+# stacks of values of one shape each.
+BLOCKS = {model.name: model.blocks or () for model in zoo.ZOO} | {"funnel": (2, 2, 2)}
+
 Heads = tuple[int, int, int]
 """Query heads, heads of keys and values, channels of a query head."""
 

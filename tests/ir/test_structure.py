@@ -19,11 +19,8 @@ from graphlathe.passes.base import Context
 from graphlathe.passes.canonical.canonicalize import Canonicalize
 from graphlathe.tools import zoo
 from tests.counting import assert_linear, calls
+from tests.ir.site_truth import BLOCKS
 from tests.zoo_programs import SAMPLE, over_zoo, traced, zoo_parameters
-
-# The zoo counts Funnel's configured encoder layers; its pooling between them and its decoder of two layers make three
-# stacks of values of one shape each.
-BLOCKS = {model.name: model.blocks or () for model in zoo.ZOO} | {"funnel": (2, 2, 2)}
 
 KINDS: dict[str, list[str]] = {
     "llama": ["attention mlp"] * 3,
