@@ -16,8 +16,9 @@ import torch
 from sympy.core.function import AppliedUndef
 from torch import fx
 
+from .coordinates import choice_of, coordinate, is_condition, number
 from .flow import op_name
-from .index_functions import IndexFunctions, choice_of, coordinate, is_condition, number
+from .index_functions import IndexFunctions
 
 HIDES = -1e4
 """Added numbers up to this hide a key: after the softmax nothing of it is left (some models write -10000)."""

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import graphlathe
+from graphlathe.ir.errors import ImportModelError
 from graphlathe.ir.from_torch import trace
 from graphlathe.ir.program import Program
 from graphlathe.ir.structure import Structure, structure
@@ -25,8 +26,16 @@ from tests.zoo_programs import zoo_parameters
 
 CONVOLUTIONS = {"convnext", "convnextv2"}
 TRANSFORMERS = [n for n in zoo.names() if zoo.get(n).family not in ("ssm", "cnn", "plain") and n not in CONVOLUTIONS]
-UNWRITTEN: dict[str, str] = {}
+UNWRITTEN: dict[str, str] = {
+    **dict.fromkeys(("deepseek_v3", "gpt_oss", "granitemoe", "mixtral", "olmoe", "phimoe", "qwen2_moe"), "aten::histc"),
+    "dinov2_registers": "aten::_upsample_bicubic2d_aa",
+    "fnet": "aten::fft_fftn",
+    "glm": "All tensors must have the same rank",
+    "whisper": "aten::diff",
+}
 """What the older exporter cannot write, and its reason."""
+BROKEN = {"cohere"}
+"""What it writes with reshapes that cannot be: ONNX Runtime cannot run these files, either."""
 
 
 @cache
@@ -73,6 +82,10 @@ def test_sites_from_the_older_exporter(name: str, tmp_path: Path) -> None:
             write_legacy_onnx(zoo.get(name), path)
         return
     written = write_legacy_onnx(zoo.get(name), path)
+    if name in BROKEN:
+        with pytest.raises(ImportModelError, match="Reshape failed on shapes"):
+            graphlathe.load(path)
+        return
     example = written.inputs(zoo.get(name).trace_sizes)
     program = graphlathe.load(path)
     assert_sites(name, raised(program, {k: v for k, v in example.items() if k in program.main.inputs}))

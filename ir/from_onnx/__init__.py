@@ -144,7 +144,7 @@ def _trace(model: OnnxModel, ports: list[_Port], tries: list[dict[str, int]], st
         except ImportModelError as error:
             failed = failed or error
             continue
-        if found is None or all(_holds(traced[0], others) for others in tries):
+        if found is None or _scope(traced[0], tries) > _scope(found[0], tries):
             found = traced
     if found is not None:
         return found
@@ -158,6 +158,12 @@ def _trace_at(model: OnnxModel, ports: list[_Port], sizes: dict[str, int], stati
     with traceback.preserve_node_meta():
         example = [port.example(sizes) for port in ports]
         return trace(walk, (example,), dynamic=None if static or not dynamic else dynamic), walk
+
+
+def _scope(program: Program, tries: list[dict[str, int]]) -> int:
+    """How many of a spread of sizes a program takes: the tried ones, and multiples of them."""
+    spread = [{name: size * k for name, size in sizes.items()} for sizes in tries for k in (1, 2, 3, 5, 8)]
+    return sum(_holds(program, sizes) for sizes in spread)
 
 
 def _holds(program: Program, sizes: Mapping[str, int]) -> bool:

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils._sympy.functions import Mod, PythonMod
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from .registry import host_operator
 from .values import MAX_HOST_ELEMENTS, NUMPY, SYMBOLIC, Host, Number, outside_the_trace
@@ -65,9 +67,17 @@ def _with_remainder(a: Number, b: Number) -> Number:
     for remainder in node.expr.atoms(Mod, PythonMod):
         whole, by = remainder.args
         if by == (b.node.expr if isinstance(b, SYMBOLIC) else b) and node.expr + remainder == whole:
-            hint = whole.xreplace(node.shape_env.backed_var_to_val)
-            return node.shape_env.create_symintnode(whole, hint=int(hint) if hint.is_Integer else None)
+            return _from_symbols(whole, node.shape_env)
     return a
+
+
+def _from_symbols(expression: Any, shape_env: Any) -> Any:
+    """A size computed anew from the graph's own sizes, so that the trace knows where it comes from."""
+    sizes: dict[Any, Any] = {}
+    for symbol in expression.free_symbols:
+        hint = shape_env.backed_var_to_val.get(symbol)
+        sizes[symbol] = shape_env.create_symintnode(symbol, hint=None if hint is None else int(hint))
+    return sympy_interp(PythonReferenceAnalysis, sizes, expression)
 
 
 def _truncated_division(a: Number, b: Number) -> Number:

@@ -17,9 +17,7 @@ from .values import Host
 def dft(
     x: Tensor, length: Host | None = None, axis: Host | None = None, *, inverse: int = 0, onesided: int = 0
 ) -> Tensor:
-    """Real and imaginary parts in the last dimension (one number: real). Products with sines and cosines: ONNX Runtime
-    and torch have no transform in common.
-    """
+    """Real and imaginary parts in the last dimension (one number: real)."""
     return _transform(x, None if length is None else length.item, -2 if axis is None else axis.item, inverse, onesided)
 
 
@@ -29,34 +27,24 @@ def dft_17(x: Tensor, length: Host | None = None, *, axis: int = 1, inverse: int
 
 
 def _transform(x: Tensor, length: Any, axis: int, inverse: int, onesided: int) -> Tensor:
-    axis = axis % x.dim()
-    half = isinstance(x.shape[-1], int) and x.shape[-1] == 2
-    real = x[..., 0]
-    imaginary = x[..., 1] if half else None
-    old = real.shape[axis]
-    if onesided and inverse:
-        # The other half of a real signal's spectrum is its mirror image.
-        count = 2 * (old - 1) if length is None else length
-        real = _mirrored(real, axis, count, 1.0)
-        imaginary = _mirrored(imaginary, axis, count, -1.0) if imaginary is not None else None
+    axis, dtype = axis % x.dim(), x.dtype
+    if dtype not in (torch.float32, torch.float64):
+        x = x.float()  # there are no complex numbers of fewer bits everywhere
+    two = isinstance(x.shape[-1], int) and x.shape[-1] == 2
+    back = bool(onesided and inverse)
+    old = x.shape[axis]
+    count = length if length is not None else 2 * (old - 1) if back else old
+    x = _fitted(x, axis, count // 2 + 1 if back else count)
+    value = torch.view_as_complex(x.contiguous()) if two else x[..., 0]
+    if back:
+        return torch.fft.irfft(value, count, axis).unsqueeze(-1).to(dtype)
+    if onesided and not two:
+        value = torch.fft.rfft(value, None, axis)
     else:
-        count = old if length is None else length
-        real = _fitted(real, axis, count)
-        imaginary = None if imaginary is None else _fitted(imaginary, axis, count)
-    outputs = count // 2 + 1 if onesided and not inverse else count
-    angles = torch.outer(torch.arange(count), torch.arange(outputs)) % count
-    turn = angles.to(torch.float64) * (2 * math.pi / count)
-    cosine, sine = torch.cos(turn).to(x.dtype), torch.sin(turn).to(x.dtype) * (1 if inverse else -1)
-
-    def product(t: Tensor, matrix: Tensor) -> Tensor:
-        return (t.movedim(axis, -1) @ matrix).movedim(-1, axis)
-
-    new_real, new_imaginary = product(real, cosine), product(real, sine)
-    if imaginary is not None:
-        new_real, new_imaginary = new_real - product(imaginary, sine), new_imaginary + product(imaginary, cosine)
-    if inverse:
-        new_real, new_imaginary = new_real / count, new_imaginary / count
-    return new_real.unsqueeze(-1) if onesided and inverse else torch.stack([new_real, new_imaginary], -1)
+        value = torch.fft.ifft(value, None, axis) if inverse else torch.fft.fft(value, None, axis)
+    if onesided and two:
+        value = torch.ops.aten.slice.Tensor(value, axis, 0, count // 2 + 1)
+    return torch.view_as_real(value).to(dtype)
 
 
 def _fitted(x: Tensor, axis: int, count: Any) -> Tensor:
@@ -66,12 +54,6 @@ def _fitted(x: Tensor, axis: int, count: Any) -> Tensor:
         return x
     pads = [0] * (2 * (x.dim() - 1 - axis)) + [0, count - old]
     return torch.nn.functional.pad(x, pads)
-
-
-def _mirrored(x: Tensor, axis: int, count: Any, sign: float) -> Tensor:
-    kept = torch.ops.aten.slice.Tensor(x, axis, 0, count // 2 + 1)
-    rest = torch.ops.aten.slice.Tensor(kept, axis, 1, (count + 1) // 2).flip(axis)
-    return torch.cat([kept, sign * rest], axis)
 
 
 @operator("STFT", host=("step", "length"))

@@ -37,20 +37,23 @@ def side_by_side(rewriter: Rewriter, node: fx.Node) -> fx.Node | None:
     last = _write(rewriter.program, node)
     if last is None:
         return None
-    pieces: list[Any] = []
+    size = node.meta["val"].shape[last.axis]
+    writes: list[_Write] = []
     write: _Write | None = last
-    current, end = node, node.meta["val"].shape[last.axis]
-    while write is not None and isinstance(end, int) and end > 0:
+    current = node
+    while write is not None and isinstance(size, int) and sum(w.stop - w.start for w in writes) < size:
         alone = current is node or len(current.users) == 1
-        if write.axis != last.axis or write.stop != end or not 0 <= write.start < end or not alone:
+        apart = all(write.stop <= w.start or w.stop <= write.start for w in writes)
+        if write.axis != last.axis or not 0 <= write.start < write.stop <= size or not apart or not alone:
             return None
-        pieces.append(write.value)
-        end, current = write.start, _untransposed(write.into)
+        writes.append(write)
+        current = _untransposed(write.into)
         write = _write(rewriter.program, current)
-    if end != 0 or len(pieces) < 2:
+    if len(writes) < 2 or sum(w.stop - w.start for w in writes) != size:
         return None
+    pieces = [w.value for w in sorted(writes, key=lambda w: w.start)]
     with rewriter.before(node):
-        return rewriter.call(aten.cat.default, pieces[::-1], last.axis, like=node)
+        return rewriter.call(aten.cat.default, pieces, last.axis, like=node)
 
 
 def _write(program: Program, node: fx.Node) -> _Write | None:
@@ -59,9 +62,12 @@ def _write(program: Program, node: fx.Node) -> _Write | None:
         size = node.meta["val"].shape[axis]
         start, stop = argument(node, "start") or 0, argument(node, "end")
         stop = size if stop is None or (isinstance(stop, int) and stop > size) else stop
+        value: Any = argument(node, "src")
         if argument(node, "step") != 1 or not isinstance(start, int) or not isinstance(stop, int):
             return None
-        return _Write(node.args[0], node.args[1], axis, start, stop)  # type: ignore[arg-type]
+        if value.meta["val"].dtype != node.meta["val"].dtype:
+            return None
+        return _Write(node.args[0], value, axis, start, stop)  # type: ignore[arg-type]
     if is_op(node, aten.index_put) and not argument(node, "accumulate"):
         return _put(program, node)
     return None

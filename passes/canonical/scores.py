@@ -16,7 +16,8 @@ import sympy
 import torch
 from torch import fx
 
-from ...ir.index_functions import IndexFunctions, choice_of, coordinate, number
+from ...ir.coordinates import choice_of, coordinate, number
+from ...ir.index_functions import IndexFunctions
 from ...ir.masks import HIDES
 from ...ir.program import Program
 from ...ir.rewrite import is_op

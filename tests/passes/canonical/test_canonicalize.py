@@ -42,6 +42,10 @@ SPELLINGS: dict[str, tuple[tuple[str, ...], list[str]]] = {
         ("aten.chunk(%x, 2, 1) : [f32[B, 2], f32[B, 2]]", "operator.getitem(%0, 0) : f32[B, 2]"),
         ["split_with_sizes", "getitem"],
     ),
+    "squeeze of a list": (
+        ("aten.unsqueeze(%x, 1) : f32[B, 1, 4]", "aten.neg(%0) : f32[B, 1, 4]", f"aten.squeeze.dims(%1, [1]) : {F}"),
+        ["unsqueeze", "neg", "squeeze.dim"],
+    ),
     "flatten": (("aten.flatten.using_ints(%x) : f32[4*B]",), ["reshape"]),
     "unflatten": (("aten.unflatten.int(%x, 1, [2, 2]) : f32[B, 2, 2]",), ["reshape"]),
     "pad": (("aten.pad(%x, [1, 0]) : f32[B, 5]",), ["constant_pad_nd"]),

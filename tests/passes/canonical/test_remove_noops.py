@@ -52,6 +52,10 @@ HITS: dict[str, tuple[tuple[str, ...], list[str]]] = {
         ("aten.unsqueeze(%x, 1) : f32[B, 1, 4]", f"aten.squeeze.dim(%0, 1) : {F}", f"aten.relu(%1) : {F}"),
         ["relu"],
     ),
+    "select of unsqueeze": (
+        ("aten.unsqueeze(%x, 1) : f32[B, 1, 4]", f"aten.select.int(%0, -2, 0) : {F}", f"aten.relu(%1) : {F}"),
+        ["relu"],
+    ),
     "transposes that cancel": (
         (
             "aten.transpose.int(%x, 0, 1) : f32[4, B]",
@@ -94,6 +98,7 @@ MISSES: dict[str, tuple[str, ...]] = {
     "a roll keeps the shape only": (f"aten.roll(%x, [1], [1]) : {F}",),
     "and false": ("aten.full([], False) : bool[]", f"aten.logical_and(%0, %m) : {M}"),
     "integer and true keeps one bit": ("aten.full([], True) : bool[]", f"aten.bitwise_and.Tensor(%i, %0) : {I64}"),
+    "select of another axis": ("aten.unsqueeze(%x, 0) : f32[1, B, 4]", "aten.select.int(%0, 2, 0) : f32[1, B]"),
     "one of two transposes": ("aten.transpose.int(%x, 0, 1) : f32[4, B]",),
 }
 
