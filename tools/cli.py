@@ -41,6 +41,7 @@ class Format(StrEnum):
 
     text = "text"
     tree = "tree"
+    sites = "sites"
     table = "table"
     dot = "dot"
     html = "html"
@@ -128,9 +129,13 @@ def dump(
         int,
         typer.Option(min=0, metavar="N", help="html: numbers of weights to read in all; beyond, weights are sampled"),
     ] = 1 << 28,
+    passes: Annotated[
+        str,
+        typer.Option("--passes", "-p", metavar="PIPELINE", help="run these passes first, such as raise"),
+    ] = "",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="write to a file")] = None,
 ) -> None:
-    """Print a model's graph: text, a tree of its blocks, a table of costs, Graphviz, or an HTML page to explore."""
+    """Print a model's graph: a tree of its blocks, text, its sites, costs, Graphviz, or an HTML page to explore."""
     from .dump import DumpOptions, dump_to
 
     options = DumpOptions(
@@ -142,6 +147,7 @@ def dump(
         sizes=sizes or (),
         against=against,
         statistics=statistics,
+        passes=passes,
     )
     dump_to(path, options, output)
 

@@ -1,10 +1,10 @@
-"""``graphlathe dump``: a model as text, a tree of its blocks, a table of costs, for Graphviz, or as a page of HTML."""
+"""``graphlathe dump``: a model as text, a tree of blocks, a list of sites, a table of costs, for Graphviz, or as HTML."""
 
 from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ class DumpOptions:
     """What to print.
 
     Attributes:
-        format: ``text``, ``tree``, ``table``, ``dot`` or ``html``.
+        format: ``text``, ``tree``, ``sites``, ``table``, ``dot`` or ``html``.
         origins: text: where each node came from, and which pass made it.
         sort: table: ``order``, ``macs``, ``bytes`` or ``params``.
         by: table: ``node``, ``site`` or ``origin``.
@@ -33,6 +33,7 @@ class DumpOptions:
         sizes: ``NAME=N`` for dynamic dimensions.
         against: html: a second model, shown beside the first with what differs.
         statistics: html: how many numbers of weights to read, in all.
+        passes: a pipeline that the models go through first, such as ``raise``.
     """
 
     format: str = "tree"
@@ -43,6 +44,7 @@ class DumpOptions:
     sizes: Sequence[str] = ()
     against: Path | None = None
     statistics: int = NUMBERS_READ
+    passes: str = ""
 
 
 def dump_to(path: Path, options: DumpOptions, output: Path | None) -> None:
@@ -50,6 +52,7 @@ def dump_to(path: Path, options: DumpOptions, output: Path | None) -> None:
 
     Raises:
         InputError: a page of HTML for a terminal, or a second model where only one is shown.
+        PipelineError: the passes are wrong.
         ImportModelError: a model cannot be read.
         ExportError: the output cannot be written.
     """
@@ -61,14 +64,26 @@ def dump_to(path: Path, options: DumpOptions, output: Path | None) -> None:
         raise InputError("a page of HTML is not for a terminal", remedy="name a file: -o page.html")
     if options.against is not None and options.format != "html":
         raise InputError("--against is for --format html", remedy="add --format html")
-    second = load(options.against) if options.against is not None else None
-    rendered = render(load(path), options, title=path.name or str(path), second=second)
+    run = _runner(options.passes)
+    second = run(load(options.against)) if options.against is not None else None
+    rendered = render(run(load(path)), options, title=path.name or str(path), second=second)
     if output is not None:
         write_atomically(output, to_text(rendered))
     elif sys.stdout.isatty() and not isinstance(rendered, str):
         console().print(rendered)
     else:
         print(to_text(rendered), end="")
+
+
+def _runner(passes: str) -> Callable[[Program], Program]:
+    """What takes a program through the passes; without any, it stays as it is."""
+    if not passes:
+        return lambda program: program
+    from ..passes.optimize import optimize
+    from ..passes.pipeline import parse_pipeline
+
+    pipeline = parse_pipeline(passes)  # a wrong one is refused before a model is read
+    return lambda program: optimize(program, passes=pipeline, progress=False, costs=False)
 
 
 def render(
@@ -92,6 +107,8 @@ def render(
         case "text":
             text = program.to_text(origins=options.origins)
             return text if text.endswith("\n") else text + "\n"
+        case "sites":
+            return _sites(program)
         case "dot":
             from .dump_dot import dot
 
@@ -104,6 +121,15 @@ def render(
             from .dump_tree import tree
 
             return tree(program, title, sizes)
+
+
+def _sites(program: Program) -> str:
+    """Every site: what it is and why it was recognised; then what was not, and why."""
+    from ..ir.structure import structure
+
+    texts = {name: str(structure(program, name)) for name in program.entries}
+    alone = len(texts) == 1
+    return "".join((text if alone else f"@{name}\n{text}") + "\n" for name, text in texts.items())
 
 
 def _page(program: Program, options: DumpOptions, title: str, second: Program | None) -> str:

@@ -78,7 +78,7 @@ def command(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 
 
 class TestDump:
-    @pytest.mark.parametrize("format", ["text", "tree", "table", "dot"])
+    @pytest.mark.parametrize("format", ["text", "tree", "sites", "table", "dot"])
     def test_prints_and_writes_the_same(self, command: Callable[..., Any], tmp_path: Path, format: str) -> None:
         code, out, err = command(f"dump {{files}}/saved --format {format}")
         assert code == 0 and err == ""
@@ -92,6 +92,14 @@ class TestDump:
             re.findall(r"(\d+) x block", command(f"dump {{files}}/{name}")[1]) for name in ("saved", "model.onnx")
         ]
         assert blocks[0] == blocks[1] != []
+
+    def test_passes_run_first(self, command: Callable[..., Any]) -> None:
+        line = "dump {files}/model.onnx --format sites"
+        assert "no attention site" in command(line)[1]
+        code, out, err = command(f"{line} --passes raise")
+        assert code == 0 and err == ""
+        assert "no attention site" not in out
+        assert re.search(r"attention %\w+ \(self, \S+\): \d+ heads of \d+, .*; scaled_dot_product_attention", out)
 
     def test_a_page_of_one_model_and_of_two(self, command: Callable[..., Any], tmp_path: Path) -> None:
         assert command("dump {files}/saved --format html -o one.html")[0] == 0
@@ -237,6 +245,7 @@ class TestDoctor:
 # Command line, and what the message must say (the mistake, or the remedy).
 BAD = [
     ("dump nowhere.onnx", "does not exist"),
+    ("dump {files}/saved -p rise", "did you mean 'raise'"),
     ("dump {files}/truncated.onnx", "truncated.onnx"),
     ("dump {files}/model.pt2", "cannot read"),
     ("dump {files}/notes.md", "unknown kind"),

@@ -12,6 +12,7 @@ from graphlathe.ir.cost import cost
 from graphlathe.ir.errors import InputError
 from graphlathe.ir.from_torch import trace
 from graphlathe.ir.program import Program
+from graphlathe.ir.structure import structure
 from graphlathe.passes.base import Context
 from graphlathe.passes.layers.drop_layers import DropLayers
 from graphlathe.tools.dump import DumpOptions, render, to_text
@@ -131,6 +132,21 @@ class TestTable:
     def test_sites_are_named_by_block_and_branch(self) -> None:
         text = dumped(traced("llama"), "table", by="site", sizes=["S=16"])
         assert "block 0 / attention" in text and "block 2 / mlp" in text
+
+
+class TestSites:
+    def test_every_site_and_what_is_none(self) -> None:
+        text = dumped(traced("llama"), "sites")
+        assert text == str(structure(traced("llama"))) + "\n"
+        assert all(f"block {i} [attention, mlp]" in text for i in range(3))
+
+    def test_every_entry(self) -> None:
+        program = traced("llama").clone()
+        program.entries["again"] = program.main.copy()
+        text = dumped(program, "sites")
+        assert text.count("stream 0") == 2
+        assert text.startswith("@main\n")
+        assert "\n@again\n" in text
 
 
 class TestText:
