@@ -1,4 +1,4 @@
-"""``graphlathe dump``: a model as text, a tree of blocks, a list of sites, a table of costs, for Graphviz, or as HTML."""
+"""``graphlathe dump``: a model as text, a tree of blocks, sites, a table of costs, for Graphviz, or as HTML."""
 
 from __future__ import annotations
 
