@@ -28,8 +28,8 @@ def dft_17(x: Tensor, length: Host | None = None, *, axis: int = 1, inverse: int
 
 def _transform(x: Tensor, length: Any, axis: int, inverse: int, onesided: int) -> Tensor:
     axis, dtype = axis % x.dim(), x.dtype
-    if dtype not in (torch.float32, torch.float64):
-        x = x.float()  # there are no complex numbers of fewer bits everywhere
+    # Rounding in a transform is relative to its largest result; what ought to be zero would not be in single precision.
+    x = x.double()
     two = isinstance(x.shape[-1], int) and x.shape[-1] == 2
     back = bool(onesided and inverse)
     old = x.shape[axis]
