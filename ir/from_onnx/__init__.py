@@ -19,6 +19,7 @@ from ..calling import identifier
 from ..errors import DataDependentError, ImportModelError, MissingOperatorError, suggest
 from ..from_torch import trace
 from ..program import ORIGIN, Program
+from .limits import ImportLimitError, check_example
 from .model_file import DTYPES, OnnxModel, fix_inputs, read_model
 from .registry import supported
 from .signature import fitting, read_recorded, restore
@@ -104,9 +105,9 @@ class _Port:
 
     def example(self, sizes: Mapping[str, int]) -> torch.Tensor:
         """A tensor of that shape (of ones: a mask then hides nothing, an index exists)."""
-        return torch.ones(
-            [sizes[self.dims[a]] if a in self.dims else n for a, n in enumerate(self.fixed)], dtype=self.dtype
-        )
+        shape = [sizes[self.dims[a]] if a in self.dims else n for a, n in enumerate(self.fixed)]
+        check_example(self.name, shape, self.dtype.itemsize)
+        return torch.ones(shape, dtype=self.dtype)
 
 
 def _examples(ports: list[_Port], given: Mapping[str, int]) -> list[dict[str, int]]:
@@ -139,7 +140,7 @@ def _trace(model: OnnxModel, ports: list[_Port], tries: list[dict[str, int]], st
             continue
         try:
             traced = _trace_at(model, ports, sizes, static)
-        except (MissingOperatorError, DataDependentError):
+        except (MissingOperatorError, DataDependentError, ImportLimitError):
             raise
         except ImportModelError as error:
             failed = failed or error

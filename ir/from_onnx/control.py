@@ -10,14 +10,12 @@ import torch
 from torch import Tensor
 
 from ..errors import DataDependentError, ImportModelError
+from .limits import check_turns
 from .registry import operator
 from .values import Host, Items, Value
 
 if TYPE_CHECKING:
     from .walk import Body, Walk
-
-MOST_TURNS = 4096
-"""A loop is unrolled; a longer one makes a graph that nobody wants."""
 
 
 @operator("If", host=("cond",))
@@ -26,28 +24,18 @@ def if_(cond: Host, *, then_branch: Body, else_branch: Body) -> list[Value]:
     return then_branch() if bool(cond.item) else else_branch()
 
 
-def _turns(count: Any, what: str) -> int:
-    if not isinstance(count, int):
-        raise ImportModelError(
-            f"{what} depends on a dynamic size", expected="a constant", remedy="fix that dimension: static=True"
-        )
-    if count > MOST_TURNS:
-        raise ImportModelError(f"{what} is {count}: it would be unrolled", expected=f"at most {MOST_TURNS}")
-    return count
-
-
 @operator("Loop", host=("trips", "condition"), raw=("state",))
 def loop(trips: Host | None, condition: Host | None, *state: Value, body: Body, walk: Walk) -> list[Value]:
     """Unrolled. The body takes the turn's number, the condition and the state, and returns the condition, the state
     and one element of each collected output.
     """
-    most = _turns(trips.item, "the trip count of a Loop") if trips is not None else None
+    most = check_turns(trips.item, "the trip count of a Loop") if trips is not None else None
     alive: Any = True if condition is None else condition.item
     carried, rows = list(state), list[list[Value]]()
     turn = 0
     while alive and (most is None or turn < most):
-        _turns(turn, "the trip count of a Loop")
-        result = body(
+        check_turns(turn, "the trip count of a Loop")
+        result = body.repeated(
             Host((turn,), torch.int64, is_scalar=True), Host((bool(alive),), torch.bool, is_scalar=True), *carried
         )
         again, carried, row = result[0], result[1 : 1 + len(state)], result[1 + len(state) :]
@@ -83,14 +71,14 @@ def scan(
     scanned = values[states:]
     axes = list(scan_input_axes or [0] * num_scan_inputs)
     backward = list(scan_input_directions or [0] * num_scan_inputs)
-    length = _turns(scanned[0].shape[axes[0]], "the length of a Scan")
+    length = check_turns(scanned[0].shape[axes[0]], "the length of a Scan")
     rows: list[list[Value]] = []
     for turn in range(length):
         slices = [
             torch.select(x, axis, length - 1 - turn if flip else turn)
             for x, axis, flip in zip(scanned, axes, backward, strict=True)
         ]
-        result = body(*carried, *slices)
+        result = body.repeated(*carried, *slices)
         carried, row = result[:states], result[states:]
         rows.append(row)
     collected: list[Value] = []
@@ -114,7 +102,7 @@ def scan_8(
     """Opset 8: with a batch in front of everything, one element of which is scanned after the other."""
     if lengths is not None:
         raise ImportModelError("a Scan over sequences of different lengths is not supported", expected="equal lengths")
-    batch = _turns(values[0].shape[0], "the batch of a Scan")
+    batch = check_turns(values[0].shape[0], "the batch of a Scan")
     results = [
         scan(
             *(torch.select(value, 0, i) for value in values),
@@ -177,9 +165,13 @@ def concat_from_sequence(sequence: Items, *, axis: int, new_axis: int = 0, walk:
 
 @operator("SplitToSequence", host=("lengths",))
 def split_to_sequence(x: Tensor, lengths: Host | None = None, *, axis: int = 0, keepdims: int = 1) -> Items:
+    size = x.shape[axis]
     if lengths is None:
+        check_turns(size, "the number of parts that a SplitToSequence makes")
         parts = torch.split(x, 1, axis) if keepdims else torch.unbind(x, axis)
     elif lengths.is_scalar:
+        if isinstance(size, int) and lengths.item > 0:
+            check_turns(size // lengths.item, "the number of parts that a SplitToSequence makes")
         parts = torch.split(x, lengths.item, axis)
     else:
         # Not torch.split, which would fix a dynamic size at the sum of the lengths.

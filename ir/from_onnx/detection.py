@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ImportModelError
+from .limits import check_turns
 from .pooling import padding_of
 from .registry import operator
 from .values import Host
@@ -62,7 +63,7 @@ def non_max_suppression(
     if threshold is not None and threshold.items:
         alive = ranked > threshold.items[0]
     later = torch.ones([count, count], dtype=torch.bool).triu(1)
-    for rank in range(count):  # a kept box removes the later ones that it overlaps
+    for rank in range(check_turns(count, "the number of boxes")):  # a kept box removes the later ones that it overlaps
         kept = alive[..., rank : rank + 1]
         alive = alive & ~(kept & by_rank[..., rank, :] & later[rank])
     alive = alive & (torch.cumsum(alive.to(torch.int64), -1) <= limit)

@@ -52,11 +52,25 @@ def _elementwise(function: Callable[..., Number], *hosts: Host, dtype: torch.dty
     dtype = dtype or hosts[0].dtype
     if dtype.is_floating_point and not all(h.is_concrete for h in hosts):
         return NotImplemented
+    if math.prod(np.broadcast_shapes(*(h.shape for h in hosts))) > max(
+        MAX_HOST_ELEMENTS, *(len(h.items) for h in hosts)
+    ):
+        return NotImplemented
     arrays = np.broadcast_arrays(*(_array(h) for h in hosts))
     items = [function(*row) for row in zip(*(a.ravel().tolist() for a in arrays), strict=True)]
     shape = arrays[0].shape
     dims = shape if len(shape) > 1 else None
+    if not _fit(items, dtype):
+        return NotImplemented
     return Host(_rounded(items, dtype), dtype, is_scalar=not shape, dims=dims)
+
+
+def _fit(items: Sequence[Number], dtype: torch.dtype) -> bool:
+    """Whether whole numbers are within the element type's range; beyond it, they are left to the tensor operator."""
+    if dtype.is_floating_point or dtype == torch.bool:
+        return True
+    limits = torch.iinfo(dtype)
+    return all(isinstance(item, SYMBOLIC) or limits.min <= item <= limits.max for item in items)
 
 
 def _with_remainder(a: Number, b: Number) -> Number:
@@ -135,6 +149,8 @@ def power(a: Host, b: Host) -> Any:
     if not (a.is_concrete and b.is_concrete) or any(x <= 0 for x in a.items) or any(x < 0 for x in b.items):
         return NotImplemented
     whole = not a.dtype.is_floating_point
+    if whole and any(y * math.log2(x) > 64 for x in a.items for y in b.items):
+        return NotImplemented  # too large for any type, and possibly for the memory
     return _elementwise(lambda x, y: int(x**y) if whole else x**y, a, b)
 
 
@@ -389,6 +405,8 @@ def _reduction(function: Callable[[Number, Number], Number], start: int) -> Call
         total: Number = start
         for item in a.items:
             total = function(total, item)
+        if not _fit((total,), a.dtype):
+            return NotImplemented
         return Host((total,), a.dtype, is_scalar=not keepdims)
 
     return reduce

@@ -17,6 +17,7 @@ import torch
 
 from ..errors import ImportModelError, suggest
 from ..weights import Weight
+from .limits import check_calls
 from .registry import fill, find
 from .wire import read_without_weights
 
@@ -100,6 +101,7 @@ def read_model(path: Path) -> OnnxModel:
         import onnx.inliner
 
         fill()
+        check_calls(proto)
         known = [(f.domain, f.name) for f in proto.functions if find(f.domain, f.name, 1) is not None]
         try:
             proto = onnx.inliner.inline_selected_functions(proto, known, exclude=True)
@@ -182,9 +184,14 @@ def _type_of(tensor: Any) -> tuple[torch.dtype, tuple[int, ...]]:
 
     dtype = DTYPES.get(tensor.data_type)
     if dtype is None:
-        kind = onnx.TensorProto.DataType.Name(tensor.data_type)
+        known = onnx.TensorProto.DataType
+        kind = known.Name(tensor.data_type) if tensor.data_type in known.values() else str(tensor.data_type)
         raise ImportModelError(
             f"initializer '{tensor.name}' has the element type {kind}", expected="a type that torch has"
+        )
+    if any(size < 0 for size in tensor.dims):
+        raise ImportModelError(
+            f"initializer '{tensor.name}' has the shape {list(tensor.dims)}", expected="sizes from 0 on"
         )
     return dtype, tuple(tensor.dims)
 
@@ -205,7 +212,7 @@ def _embedded(tensor: Any, path: Path, offset: int, length: int) -> Weight:
 def _external(tensor: Any, dtype: torch.dtype, shape: tuple[int, ...], folder: Path | None) -> Weight:
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location = entries.get("location", "")
-    if folder is None or not location:
+    if folder is None or not location or "\0" in location:
         raise ImportModelError(
             f"initializer '{tensor.name}' has no data", expected="the name of a file beside the model"
         )
@@ -221,11 +228,12 @@ def _external(tensor: Any, dtype: torch.dtype, shape: tuple[int, ...], folder: P
             f"the data file '{location}' of initializer '{tensor.name}' is missing",
             remedy=f"copy it to '{folder}', beside the model",
         )
-    weight = Weight.from_file(path, int(entries.get("offset", 0)), shape, dtype)
-    length = int(entries.get("length", weight.nbytes))
+    offset = _count(tensor.name, "offset", entries.get("offset", "0"))
+    weight = Weight.from_file(path, offset, shape, dtype)
+    length = _count(tensor.name, "length", entries.get("length", str(weight.nbytes)))
     if length != weight.nbytes:
         raise _wrong_length(tensor.name, length, dtype, shape)
-    end = int(entries.get("offset", 0)) + weight.nbytes
+    end = offset + weight.nbytes
     if path.stat().st_size < end:
         raise ImportModelError(
             f"the data file '{location}' is truncated: {path.stat().st_size} bytes",
@@ -233,3 +241,10 @@ def _external(tensor: Any, dtype: torch.dtype, shape: tuple[int, ...], folder: P
             remedy="export, download or copy it again",
         )
     return weight
+
+
+def _count(name: str, key: str, text: str) -> int:
+    """A number of bytes, as external data is described."""
+    if not (text.isascii() and text.isdigit() and len(text) < 20):
+        raise ImportModelError(f"the data of initializer '{name}' has the {key} '{text}'", expected="a number of bytes")
+    return int(text)

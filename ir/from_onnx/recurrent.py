@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ImportModelError, MissingOperatorError
+from .limits import check_turns
 from .registry import operator
 
 Activation = Callable[[Tensor], Tensor]
@@ -121,6 +122,7 @@ def _unroll(x: Tensor, layer: Layer, cells: Sequence[Cell], states: Sequence[Any
             expected="a fixed length, or a layer with the default activations, without peepholes and clipping",
             remedy="fix that dimension: static=True",
         )
+    check_turns(length, "the length of a recurrent layer of this form")
     outputs: list[Tensor] = []
     finals: list[Any] = []
     for number, (cell, state) in enumerate(zip(cells, states, strict=True)):

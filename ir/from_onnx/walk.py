@@ -18,6 +18,7 @@ from ..errors import DataDependentError, GraphlatheError, ImportModelError, Miss
 from ..program import ORIGIN
 from ..weights import Weight
 from .functions import Described, body_of, has_body
+from .limits import MOST_UNROLLED, ImportLimitError
 from .model_file import DTYPES, OnnxModel, tensor_weight
 from .registry import Operator, fill, find, find_host
 from .values import Host, Items, Stored, Value, host_of, outside_the_trace, starts_on_host
@@ -169,6 +170,7 @@ class Walk(nn.Module):
     def forward(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
         """Apply all nodes."""
         graph = self.model.graph
+        self.unrolled = 0
         constants: dict[str, Value] = dict(self.on_host)
         for parameter, name in self.names.items():
             if name not in self.on_host:
@@ -386,6 +388,15 @@ class Body:
         self.walk = walk
         self.graph = graph
         self.scope = scope
+
+    def repeated(self, *values: Value) -> list[Value]:
+        """One turn of a loop."""
+        self.walk.unrolled += len(self.graph.node)
+        if self.walk.unrolled > MOST_UNROLLED:
+            raise ImportLimitError(
+                "the model's loops are too long to be unrolled", expected=f"at most {MOST_UNROLLED} nodes"
+            )
+        return self(*values)
 
     def __call__(self, *values: Value) -> list[Value]:
         """Apply its nodes, and return its outputs."""

@@ -9,7 +9,7 @@ Bounded in size: a result may take at most ``max_bytes``, and never more than th
 tiny; nothing on the way there may be large either. Views and casts of a weight that nothing else reads become
 lazy weights at any size: nothing is computed. Quantised storage (8-bit and smaller) is not expanded: a model that came
 with it keeps it. Random and effectful operators stay, and so do ``full``, ``zeros``, ``ones`` on their own: they are
-constants in their shortest form.
+constants in their shortest form. What fails when it is computed stays too, and fails when the program runs.
 """
 
 from __future__ import annotations
@@ -140,7 +140,11 @@ class _Folder:
         # Even where others read the weight below: the numbers are shared, and equal expressions are known as equal.
         weight = _lazy_weight(self.program, node, shared=True)
         if weight is None:
-            result = self._compute(node)
+            try:
+                result = self._compute(node)
+            except (IndexError, RuntimeError) as error:
+                self.stats.miss(f"it cannot be computed: {(str(error).splitlines() or [''])[0]}", node)
+                return
             # A view would keep the whole tensor below it alive.
             owned = (
                 result.untyped_storage().nbytes() == result.numel() * result.element_size() and result.is_contiguous()

@@ -19,11 +19,12 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from tests.fuzz.corruptions import DAMAGES, damage, write_valid
+from tests.fuzz.corruptions import DAMAGES, damage
 from tests.fuzz.differential import check_fx, check_onnx
 from tests.fuzz.fx_programs import fx_cases
 from tests.fuzz.onnx_graphs import onnx_cases
 from tests.fuzz.sandbox import Sandbox
+from tests.fuzz.valid_models import write_valid
 
 ROUND = 50
 _SETTINGS = settings(
@@ -94,7 +95,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         valid = Path(folder)
         write_valid(valid)
-        with Sandbox(valid / "model.onnx") as sandbox:
+        with Sandbox(valid / "control" / "model.onnx") as sandbox:
             fuzzer = _Fuzzer(valid, sandbox, time.monotonic() + options.seconds)
             while time.monotonic() < fuzzer.end:
                 for kind in options.kinds:

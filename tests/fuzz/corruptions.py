@@ -1,7 +1,8 @@
-"""Valid files, and ways to damage them."""
+"""Ways to damage valid files."""
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import shutil
@@ -9,90 +10,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
-import torch
 from google.protobuf.descriptor import FieldDescriptor
 from onnx import TensorProto, helper, numpy_helper
 
-from graphlathe.ir.from_onnx import from_onnx
+from .valid_models import NAMES
 
 ABSURD = (0, 1, -1, 2, 7, 255, 2**31 - 1, 2**31, 2**40, 2**62, 2**63 - 1, -(2**63))
 TEXTS = ("", "x", "w", "a b", "%0", "../x", "\x00", "é" * 3, "n" * 5000, "aten.relu", "Add", "N")
 
 
-def write_valid(folder: Path) -> None:
-    """``model.onnx`` (with external data in ``data.bin``), and the program in ``saved``."""
-    weight = np.arange(12, dtype=np.float32).reshape(4, 3)
-    branch = helper.make_graph(
-        [helper.make_node("Relu", ["h"], ["b0"])], "then", [], [helper.make_tensor_value_info("b0", 1, None)]
-    )
-    other = helper.make_graph(
-        [helper.make_node("Neg", ["h"], ["b1"])], "else", [], [helper.make_tensor_value_info("b1", 1, None)]
-    )
-    body = helper.make_graph(
-        [helper.make_node("Add", ["c_in", "one"], ["c_out"]), helper.make_node("Identity", ["go"], ["go_out"])],
-        "body",
-        [
-            helper.make_tensor_value_info("i", TensorProto.INT64, []),
-            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("c_in", TensorProto.FLOAT, None),
-        ],
-        [
-            helper.make_tensor_value_info("go_out", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("c_out", TensorProto.FLOAT, None),
-        ],
-    )
-    nodes = [
-        helper.make_node("MatMul", ["x", "w"], ["m"], name="first"),
-        helper.make_node("Twice", ["m"], ["t"], domain="local"),
-        helper.make_node("Add", ["t", "bias"], ["h"]),
-        helper.make_node("If", ["yes"], ["f"], then_branch=branch, else_branch=other),
-        helper.make_node("Loop", ["trips", "yes", "f"], ["l"], body=body),
-        helper.make_node("Shape", ["l"], ["s"]),
-        helper.make_node("Gather", ["s", "zero"], ["n"], axis=0),
-        helper.make_node("Concat", ["n", "minus"], ["to"], axis=0),
-        helper.make_node("Reshape", ["l", "to"], ["r"]),
-        helper.make_node("Expand", ["one", "to3"], ["e"]),
-        helper.make_node("Add", ["r", "e"], ["a"]),
-        helper.make_node("Softmax", ["a"], ["y"], axis=-1),
-    ]
-    twice = helper.make_function(
-        "local", "Twice", ["p"], ["q"], [helper.make_node("Add", ["p", "p"], ["q"])], [helper.make_opsetid("", 17)]
-    )
-    constants = {
-        "bias": np.ones(3, np.float32),
-        "one": np.ones(1, np.float32),
-        "yes": np.array(True),
-        "trips": np.array(2),
-        "zero": np.array([0]),
-        "minus": np.array([-1]),
-        "to3": np.array([1, 3]),
-    }
-    stored = [numpy_helper.from_array(array, name) for name, array in constants.items()]
-    outside = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[4, 3], data_location=TensorProto.EXTERNAL)
-    for key, value in (("location", "data.bin"), ("offset", "64"), ("length", "48")):
-        outside.external_data.add(key=key, value=value)
-    graph = helper.make_graph(
-        nodes,
-        "g",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 4])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
-        [*stored, outside],
-    )
-    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("local", 1)]
-    model = helper.make_model(graph, functions=[twice], opset_imports=opsets, ir_version=8)
-    (folder / "data.bin").write_bytes(bytes(64) + weight.tobytes())
-    (folder / "model.onnx").write_bytes(model.SerializeToString())
-    program = from_onnx(folder / "model.onnx")
-    assert next(iter(program.run({"x": torch.ones(2, 4)}).values())).shape == (2, 3)
-    program.save(folder / "saved")
-
-
 def damage(valid: Path, folder: Path, kind: str, seed: int) -> Path:
-    """A damaged copy of the valid files; returns what is to be read."""
-    shutil.copytree(valid, folder, dirs_exist_ok=True)
-    return DAMAGES[kind](folder, random.Random(f"{kind} {seed}"))
+    """A damaged copy of one of the valid models; returns what is to be read."""
+    rng = random.Random(f"{kind} {seed}")
+    name = "control" if kind == "onnx_nested" else rng.choices(NAMES, weights=(3, 1))[0]
+    shutil.copytree(valid / name, folder, dirs_exist_ok=True)
+    return DAMAGES[kind](folder, rng)
 
 
 def onnx_bytes(folder: Path, rng: random.Random) -> Path:
@@ -207,8 +140,10 @@ def onnx_sizes(folder: Path, rng: random.Random) -> Path:
     """Absurd sizes: of stored tensors, inputs, shapes that are computed with, trip counts."""
     path = folder / "model.onnx"
     model = onnx.load(path, load_external_data=False)
-    for _ in range(rng.choice((1, 2))):
-        match rng.randrange(4):
+    for place in sorted(
+        rng.choices(range(4), k=rng.choice((1, 2))), reverse=True
+    ):  # stored sizes last: numbers fit them
+        match place:
             case 0:
                 tensor = rng.choice(model.graph.initializer)
                 at = rng.randrange(len(tensor.dims) or 1)
@@ -220,11 +155,10 @@ def onnx_sizes(folder: Path, rng: random.Random) -> Path:
                 dim = rng.choice(model.graph.input[0].type.tensor_type.shape.dim)
                 dim.dim_value = rng.choice(ABSURD)
             case _:
-                name = rng.choice(("trips", "to3", "minus", "zero"))
-                tensor = next(t for t in model.graph.initializer if t.name == name)
+                tensor = rng.choice([t for t in model.graph.initializer if t.data_type == TensorProto.INT64])
                 array = numpy_helper.to_array(tensor).copy()
                 array.reshape(-1)[rng.randrange(array.size)] = rng.choice(ABSURD)
-                tensor.CopyFrom(numpy_helper.from_array(array, name))
+                tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
     path.write_bytes(model.SerializeToString())
     return path
 
@@ -234,7 +168,7 @@ def onnx_nested(folder: Path, rng: random.Random) -> Path:
     path = folder / "model.onnx"
     model = onnx.load(path, load_external_data=False)
     depth = rng.choice((3, 40, 90, 300, 3000))
-    match rng.randrange(3):
+    match rng.randrange(5):
         case 0:  # by hand, since protobuf itself refuses to write it
             graph = b""
             for _ in range(depth):
@@ -250,6 +184,21 @@ def onnx_nested(folder: Path, rng: random.Random) -> Path:
                 opsets = [helper.make_opsetid("", 17), helper.make_opsetid("local", 1)]
                 model.functions.append(helper.make_function("local", f"F{level}", ["p"], ["q"], body, opsets))
             model.graph.node[1].op_type = f"F{depth - 1}"
+        case 2:  # twice as many nodes at each level
+            for level in range(min(depth, 90)):
+                inner = f"F{level - 1}" if level else "Twice"
+                body = [helper.make_node(inner, [a], [b], domain="local") for a, b in ("pr", "rq")]
+                opsets = [helper.make_opsetid("", 17), helper.make_opsetid("local", 1)]
+                model.functions.append(helper.make_function("local", f"F{level}", ["p"], ["q"], body, opsets))
+            model.graph.node[1].op_type = f"F{min(depth, 90) - 1}"
+        case 3:  # loops in loops
+            loop = next(node for node in model.graph.node if node.op_type == "Loop")
+            for _ in range(min(depth, 40)):
+                outer = copy.deepcopy(loop)
+                outer.attribute[0].g.node[0].CopyFrom(loop)
+                outer.attribute[0].g.node[0].input[2] = "c_in"
+                outer.attribute[0].g.node[0].output[0] = "c_out"
+                loop.CopyFrom(outer)
         case _:
             model.functions[0].node[0].op_type = "Twice"
             model.functions[0].node[0].domain = "local"

@@ -1,8 +1,8 @@
 """Reading a file in a child process with a limit of time and memory.
 
 A server process imports everything once; each file is read in a fork of it, so that a crash, an endless loop or a
-greedy allocation ends that fork only. Start it as ``python -m tests.fuzz.sandbox``; it reads paths, a line each, and
-answers each with a line of JSON.
+greedy allocation ends that fork only. Start it as ``python -m tests.fuzz.sandbox``; it reads requests and writes
+answers, a line of JSON each.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from typing import Self
 
 SECONDS = 10
 MEMORY = 2 << 30
-_server = os.getpid()
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,8 @@ class Outcome:
     """What became of a file.
 
     Attributes:
-        kind: ``read``, ``refused`` (an error of ours), ``error`` (another one), ``crash``, ``hang``.
+        kind: ``read``, ``refused`` (an error of ours), ``error`` (another one), ``memory`` (whoever reports it),
+            ``crash``, ``hang``.
         detail: the error, or the signal.
     """
 
@@ -70,10 +70,10 @@ class Sandbox:
         self._process.wait(timeout=60)
         self._process.stdout.close()
 
-    def read(self, path: Path) -> Outcome:
-        """Read a file in a fork."""
+    def read(self, path: Path, fault: str = "") -> Outcome:
+        """Read a file in a fork, which executes the code ``fault`` first (to see what becomes of it)."""
         assert self._process.stdin is not None
-        self._process.stdin.write(f"{path}\n")
+        self._process.stdin.write(json.dumps([str(path), fault]) + "\n")
         self._process.stdin.flush()
         return self._answer()
 
@@ -96,21 +96,25 @@ def _serve(warm: Path) -> None:
     outcomes = [_read(warm)]
     print(json.dumps(outcomes[0]), file=answers, flush=True)
     for line in sys.stdin:
-        print(json.dumps(_in_fork(Path(line.rstrip("\n")))), file=answers, flush=True)
+        path, fault = json.loads(line)
+        print(json.dumps(_in_fork(Path(path), fault)), file=answers, flush=True)
 
 
-def _read(path: Path) -> tuple[str, str]:
+def _read(path: Path, fault: str = "") -> tuple[str, str]:
     from graphlathe.ir.errors import GraphlatheError
     from graphlathe.ir.load import load
     from graphlathe.ir.verify import verify
+    from graphlathe.passes import registry
+    from graphlathe.passes.base import Context
 
     try:
-        exec(os.environ.get("GRAPHLATHE_FUZZ_FAULT", "") if os.getpid() != _server else "")
+        exec(fault)
         program = load(path)
         verify(program, 1)
         program.to_text()
+        registry.get("canonicalize")().run(program, Context())
     except GraphlatheError as error:
-        return "refused", str(error)
+        return "memory" if _out_of_memory(error) else "refused", str(error)
     except BaseException as error:
         import traceback
 
@@ -119,7 +123,16 @@ def _read(path: Path) -> tuple[str, str]:
     return "read", ""
 
 
-def _in_fork(path: Path) -> tuple[str, str]:
+def _out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came from, says that memory ran out."""
+    if error is None:
+        return False
+    words = ("bad_alloc", "allocate memory")
+    known = isinstance(error, MemoryError) or any(word in str(error) for word in words)
+    return known or _out_of_memory(error.__cause__ or error.__context__)
+
+
+def _in_fork(path: Path, fault: str) -> tuple[str, str]:
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
@@ -128,7 +141,7 @@ def _in_fork(path: Path) -> tuple[str, str]:
         limit = pages * resource.getpagesize() + MEMORY
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        os.write(writer, json.dumps(_read(path)).encode())
+        os.write(writer, json.dumps(_read(path, fault)).encode())
         os._exit(0)
     os.close(writer)
     end, pieces = time.monotonic() + SECONDS, []

@@ -10,6 +10,7 @@ from torch import nn
 
 from graphlathe.ir.from_torch import trace
 from graphlathe.ir.program import Program
+from graphlathe.ir.text import parse_program
 from graphlathe.ir.weights import TensorSource
 from graphlathe.passes.base import Context, Stats
 from graphlathe.passes.canonical.cse import CommonSubexpressions
@@ -215,3 +216,15 @@ def test_a_folded_weight_owns_its_storage_and_is_named_after_its_module() -> Non
     source = after.weights[name].source
     assert isinstance(source, TensorSource)
     assert source.tensor.untyped_storage().nbytes() == 16
+
+
+def test_what_cannot_be_computed_stays() -> None:
+    text = program(
+        '  %w0 = weight "numbers" : i64[4] #00000000\n',
+        "  %0 = aten.softmax.int(%w0, 0) : i64[4]\n  %1 = aten.mul.Tensor(%x, %0) : f32[B, 4]\n",
+        "%1",
+    )
+    parsed = parse_program(text)
+    stats = FoldConstants().run(parsed, Context())
+    assert parsed.mutations == 0
+    assert [reason for reason in stats.misses if reason.startswith("it cannot be computed")]
