@@ -61,8 +61,7 @@ def instance_norm(
 def group_norm_18(x: Tensor, scale: Tensor, bias: Tensor, *, num_groups: int, epsilon: float = 1e-5) -> Tensor:
     """Scale and bias by group; newer opsets have them by channel."""
     repeats = x.shape[1] // num_groups
-    wide = (t.repeat_interleave(repeats) for t in (scale, bias))
-    return F.group_norm(x, num_groups, *wide, epsilon)
+    return F.group_norm(x, num_groups, scale.repeat_interleave(repeats), bias.repeat_interleave(repeats), epsilon)
 
 
 @operator("GroupNormalization", since=21)
