@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import random
 import sys
@@ -26,6 +27,7 @@ from tests.fuzz.onnx_graphs import onnx_cases
 from tests.fuzz.sandbox import Sandbox
 from tests.fuzz.valid_models import write_valid
 
+KINDS = ("onnx", "fx", "files")
 ROUND = 50
 _SETTINGS = settings(
     max_examples=ROUND,
@@ -76,7 +78,7 @@ class _Fuzzer:
             name = f"{kind}: {type(error).__name__}: {str(error).strip().splitlines()[0][:60] if str(error) else ''}"
             self.failures[name] += 1
             if self.failures[name] == 1:
-                print(f"\nFAILED (SEED={seed}): {case!r}")
+                print(f"\nFAILED: {case!r}\nagain: make fuzz SEED={seed}")
                 traceback.print_exc(limit=-8, file=sys.stdout)
                 sys.stdout.flush()
 
@@ -86,11 +88,15 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--seed", type=int, default=None)
-    parser.add_argument("kinds", nargs="*", choices=["onnx", "fx", "files"], default=["onnx", "fx", "files"])
+    parser.add_argument("kinds", nargs="*", help=f"of {', '.join(KINDS)}; all unless given")
     options = parser.parse_args()
+    kinds = options.kinds or KINDS
+    if not set(kinds) <= set(KINDS):
+        parser.error(f"kinds are {', '.join(KINDS)}")
     seed = options.seed if options.seed is not None else random.SystemRandom().randrange(2**31)
     print(f"SEED={seed}, {options.seconds:g} s", flush=True)
     warnings.simplefilter("ignore")
+    logging.disable()  # PyTorch tells at length of every trace that failed
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         valid = Path(folder)
@@ -98,7 +104,7 @@ def main() -> int:
         with Sandbox(valid / "control" / "model.onnx") as sandbox:
             fuzzer = _Fuzzer(valid, sandbox, time.monotonic() + options.seconds)
             while time.monotonic() < fuzzer.end:
-                for kind in options.kinds:
+                for kind in kinds:
                     fuzzer.round(kind, seed)
                 print(f"{sum(fuzzer.cases.values())} cases, {sum(fuzzer.failures.values())} failed", flush=True)
                 seed += 1

@@ -72,6 +72,8 @@ def _imported(
     except ImportModelError:
         if not case.symbolic:
             raise
+        if "Split" in getattr(case, "operators", ()):
+            return static()  # the evaluator splits at any size, whatever the parts add up to
         try:
             for size in (4, 7):
                 expected(case.resized(size, size))

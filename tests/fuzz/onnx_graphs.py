@@ -30,7 +30,7 @@ _STEPS = (
     "unary", "unary", "binary", "binary", "clip", "compare", "logic", "where", "cast", "reduce", "argmax", "topk",
     "cumsum", "softmax", "layer_norm", "batch_norm", "matmul", "gemm", "conv", "pool", "global_pool", "einsum",
     "transpose", "reshape", "reshape_by_shape", "flatten", "squeeze", "unsqueeze", "concat", "split", "slice", "gather",
-    "gather_elements", "expand", "tile", "pad", "trilu", "one_hot", "integer", "constant",
+    "gather_elements", "expand", "tile", "pad", "trilu", "one_hot", "integer", "quantize", "constant",
 )  # fmt: skip
 
 
@@ -176,11 +176,14 @@ class _Builder:
         """An initializer; often one that is there already."""
         same = [n for n, a in self.initializers.items() if a.dtype == array.dtype and a.shape == array.shape]
         if same and array.dtype.kind == "f" and self.draw(st.booleans()):
-            name = same[-1]
-        else:
-            name = f"w{len(self.initializers)}"
-            self.initializers[name] = array
-        return Value(name, self.initializers[name], True)
+            return Value(same[-1], self.initializers[same[-1]], True)
+        return self.initializer(array)
+
+    def initializer(self, array: np.ndarray) -> Value:
+        """An initializer of exactly these numbers."""
+        name = f"w{len(self.initializers)}"
+        self.initializers[name] = array
+        return Value(name, array, True)
 
     def weight(self, *shape: int, dtype: np.dtype[Any] | None = None) -> Value:
         return self.constant(_numbers(self.generator, shape, dtype or self.float_type))
@@ -210,8 +213,8 @@ class _Builder:
         op = self.draw(st.sampled_from(names))
         if op in ("Sign", "Floor", "Ceil", "Round") and not x.exact:
             return []
-        if op == "Erf" and x.array.dtype == np.float64:
-            return []  # the evaluator computes it in single precision
+        if op in ("Erf", "HardSwish") and x.array.dtype == np.float64:
+            return []  # the evaluator computes them in single precision, or with such constants
         # Attributes are in single precision; their usual values are rounded.
         exact = {"HardSigmoid": {"alpha": 0.25, "beta": 0.5}, "LeakyRelu": {"alpha": 0.125}}
         return self.add(op, [x], **exact.get(op, {}))
@@ -571,6 +574,20 @@ class _Builder:
             self.constant(np.array([0.25, 2], dtype=self.float_type)),
         )
         return self.add("OneHot", [x, depth, values], axis=-1)
+
+    def _quantize(self) -> list[Value]:
+        """There and back: as a model that is quantised holds it, with one scale, or one for each channel."""
+        x = self.pick(lambda v: v.array.dtype == np.float32 and v.exact and v.rank > 0 and v.array.size > 0)
+        if x is None or self.opset < 19:  # older ones the evaluator lacks
+            return []
+        axis = self.axis(x)
+        width = [x.array.shape[axis]] if self.draw(st.booleans()) and axis % x.rank else []
+        # Powers of two: a value is never between two steps by a rounding error.
+        scale = self.initializer(np.full(width, self.draw(st.sampled_from([0.125, 0.25])), dtype=np.float32))
+        kind = self.draw(st.sampled_from([np.uint8, np.int8]))
+        point = self.initializer(np.full(width, self.draw(st.integers(0, 100)), dtype=kind))
+        stored = self.add("QuantizeLinear", [x, scale, point], axis=axis)
+        return self.add("DequantizeLinear", [*stored, scale, point], axis=axis) if stored else []
 
     def _constant(self) -> list[Value]:
         if self.draw(st.booleans()):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,3 +92,12 @@ class TestSandbox:
         assert sandbox.read(valid / "control" / "saved") == Outcome("read")
         (tmp_path / "none.onnx").write_bytes(b"no model")
         assert sandbox.read(tmp_path / "none.onnx").kind == "refused"
+
+
+@pytest.mark.slow
+def test_make_fuzz_starts_and_says_its_seed() -> None:
+    command = [sys.executable, "-m", "tests.fuzz", "--seconds", "5", "--seed", "7"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "SEED=7" in done.stdout
+    assert re.search(r"^\d+ onnx", done.stdout, re.MULTILINE)
