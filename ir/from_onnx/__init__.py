@@ -30,6 +30,9 @@ _EXAMPLES: tuple[tuple[int, int], ...] = ((3, 224), (4, 64), (3, 7), (11, 96))
 that of the first spatial one. Sizes cost nothing (nothing is computed); only room for a few convolutions matters, and
 positions must not run out. The last one is for models that cut sequences into blocks, of which there must be two."""
 
+_FACTORS = (1, 2, 3, 5)
+"""Multiples of the example sizes that a trace is asked for: which of two traces takes more sizes."""
+
 
 def from_onnx(
     path: str | os.PathLike[str],
@@ -132,25 +135,26 @@ def _examples(ports: list[_Port], given: Mapping[str, int]) -> list[dict[str, in
 
 
 def _trace(model: OnnxModel, ports: list[_Port], tries: list[dict[str, int]], static: bool) -> tuple[Program, Walk]:
-    """The trace at the first sizes at which there is one, unless it excludes others at which there is a wider one."""
+    """The trace that takes most sizes, of those at the sizes that no trace before takes; the first one, if in doubt.
+
+    A trace at small sizes may take these alone, when the model cuts sequences into blocks.
+    """
     failed: ImportModelError | None = None
-    found: tuple[Program, Walk] | None = None
+    found: list[tuple[Program, Walk]] = []
     for sizes in tries:
-        if found is not None and _holds(found[0], sizes):
+        if any(_holds(program, sizes) for program, _ in found):
             continue
         try:
-            traced = _trace_at(model, ports, sizes, static)
+            found.append(_trace_at(model, ports, sizes, static))
         except (MissingOperatorError, DataDependentError, ImportLimitError):
             raise
         except ImportModelError as error:
             failed = failed or error
-            continue
-        if found is None or _scope(traced[0], tries) > _scope(found[0], tries):
-            found = traced
-    if found is not None:
-        return found
-    assert failed is not None
-    raise failed
+    if not found:
+        assert failed is not None
+        raise failed
+    probes = [{name: size * factor for name, size in sizes.items()} for sizes in tries for factor in _FACTORS]
+    return max(found, key=lambda traced: sum(_holds(traced[0], probe) for probe in probes))
 
 
 def _trace_at(model: OnnxModel, ports: list[_Port], sizes: dict[str, int], static: bool) -> tuple[Program, Walk]:
@@ -159,12 +163,6 @@ def _trace_at(model: OnnxModel, ports: list[_Port], sizes: dict[str, int], stati
     with traceback.preserve_node_meta():
         example = [port.example(sizes) for port in ports]
         return trace(walk, (example,), dynamic=None if static or not dynamic else dynamic), walk
-
-
-def _scope(program: Program, tries: list[dict[str, int]]) -> int:
-    """How many of a spread of sizes a program takes: the tried ones, and multiples of them."""
-    spread = [{name: size * k for name, size in sizes.items()} for sizes in tries for k in (1, 2, 3, 5, 8)]
-    return sum(_holds(program, sizes) for sizes in spread)
 
 
 def _holds(program: Program, sizes: Mapping[str, int]) -> bool:

@@ -209,6 +209,15 @@ def _embedded(tensor: Any, path: Path, offset: int, length: int) -> Weight:
     return Weight.from_file(path, offset, shape, dtype)
 
 
+def _count(name: str, what: str, text: str) -> int:
+    """A number of bytes in a place of external data."""
+    if not (text.isascii() and text.isdigit() and len(text) < 20):
+        raise ImportModelError(
+            f"the {what} of the data of initializer '{name}' is '{text[:40]}'", expected="a number of bytes"
+        )
+    return int(text)
+
+
 def _external(tensor: Any, dtype: torch.dtype, shape: tuple[int, ...], folder: Path | None) -> Weight:
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location = entries.get("location", "")
@@ -216,14 +225,21 @@ def _external(tensor: Any, dtype: torch.dtype, shape: tuple[int, ...], folder: P
         raise ImportModelError(
             f"initializer '{tensor.name}' has no data", expected="the name of a file beside the model"
         )
-    path = (folder / location).resolve()
+    try:
+        path = (folder / location).resolve()
+        exists = path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # a name too long, a byte of zero, links in a circle
+        raise ImportModelError(
+            f"the data of initializer '{tensor.name}' lies at {location[:80]!a}, which is no path: {error}",
+            expected=f"a file inside '{folder}'",
+        ) from error
     if Path(location).is_absolute() or not path.is_relative_to(folder.resolve()):
         raise ImportModelError(
             f"the data of initializer '{tensor.name}' lies outside the model's folder: '{location}'",
             expected=f"a file inside '{folder}'",
             remedy="put the data file beside the model; a model may not read files elsewhere",
         )
-    if not path.is_file():
+    if not exists:
         raise ImportModelError(
             f"the data file '{location}' of initializer '{tensor.name}' is missing",
             remedy=f"copy it to '{folder}', beside the model",

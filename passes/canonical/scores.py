@@ -21,6 +21,7 @@ from ...ir.index_functions import IndexFunctions
 from ...ir.masks import HIDES
 from ...ir.program import Program
 from ...ir.rewrite import is_op
+from .arguments import argument
 from .constants import scalar_of
 
 aten = torch.ops.aten
@@ -274,7 +275,8 @@ class _Reader:
             return node, None
         parts: Any = node.args[0]
         rank = node.meta["val"].dim()
-        if len(parts) != 2 or node.args[1] % rank != rank - 1 or parts[1].meta["val"].shape[-1] != 1:  # type: ignore[operator]
+        last = rank > 2 and argument(node, "dim") % rank == rank - 1
+        if len(parts) != 2 or not last or parts[1].meta["val"].shape[-1] != 1:
             raise NoAttention("its scores are a concatenation")
         source, heads = parts[1], parts[0].meta["val"].shape[-3]
         while is_op(source, aten.expand, aten._to_copy):

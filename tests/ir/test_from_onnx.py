@@ -533,6 +533,45 @@ def test_external_data_missing_or_short(tmp_path: Path) -> None:
         _import(_external(tmp_path, "w.bin", 20), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("key", "text", "message"),
+    [
+        ("length", "many", "the length of the data of initializer 'w' is 'many'"),
+        ("length", "-24", "the length of the data of initializer 'w' is '-24'"),
+        ("length", "9" * 400, "the length of the data of initializer 'w' is '9999"),
+        ("length", "23", "has 23 bytes"),
+        ("offset", "-8", "the offset of the data of initializer 'w' is '-8'"),
+        ("offset", "1e3", "the offset of the data of initializer 'w' is '1e3'"),
+        ("offset", "8", "truncated: 24 bytes"),
+        ("offset", str(2**62), "truncated: 24 bytes"),
+        ("location", "", "has no data"),
+        ("location", ".", r"'\.' of initializer 'w' is missing"),
+        ("location", "w\0.bin", "which is no path"),
+        ("location", "n" * 5000, "which is no path"),
+    ],
+)
+def test_external_data_at_places_that_make_no_sense(key: str, text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "w.bin").write_bytes(bytes(24))
+    model = _external(tmp_path, "w.bin")
+    data = model.graph.initializer[-1].external_data
+    kept = {entry.key: entry.value for entry in data} | {key: text}
+    del data[:]
+    for name, value in kept.items():
+        data.add(key=name, value=value)
+    with pytest.raises(ImportModelError, match=message):
+        _import(model, tmp_path)
+
+
+def test_external_data_in_a_folder_below_or_behind_a_link_inside(tmp_path: Path) -> None:
+    """What stays in the folder is read, however it is spelled."""
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "w.bin").write_bytes(np.arange(6, dtype=np.float32).tobytes())
+    (tmp_path / "link.bin").symlink_to(tmp_path / "sub" / "w.bin")
+    for location in ("sub/w.bin", "./sub/../sub/w.bin", "link.bin"):
+        program = _import(_external(tmp_path, location), tmp_path)
+        assert torch.equal(program.run({"x": torch.zeros(2, 6)})["y"], torch.arange(6.0).expand(2, 6))
+
+
 def test_truncated_and_empty_files(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     _import(_reshape_chain(), tmp_path)
