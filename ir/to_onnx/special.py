@@ -137,6 +137,15 @@ def reshape(t: Translator, node: fx.Node, x: ir.Value, shape: Any) -> Any:
     return t.recorder.op("Reshape", x, t.vector(shape), allowzero=1)
 
 
+@special(aten.repeat_interleave.self_int)
+def repeat_nothing(t: Translator, node: fx.Node, x: ir.Value, *rest: Any, **options: Any) -> Any:
+    """Of a tensor without elements; in PyTorch's translation its zeros would copy sizes."""
+    shape = list(node.meta["val"].shape)
+    if 0 not in shape or not all(isinstance(size, int) for size in shape):
+        return NotImplemented
+    return t.recorder.op("Reshape", x, t.vector(shape), allowzero=1)
+
+
 @special(aten.remainder.Tensor)
 def remainder(t: Translator, node: fx.Node, a: Any, b: Any) -> Any:
     """Of floating-point numbers: what C leaves, moved to the divisor's side; infinite divisors come out right."""

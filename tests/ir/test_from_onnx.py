@@ -536,17 +536,17 @@ def test_external_data_missing_or_short(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "text", "message"),
     [
-        ("length", "many", "the length of the data of initializer 'w' is 'many'"),
-        ("length", "-24", "the length of the data of initializer 'w' is '-24'"),
-        ("length", "9" * 400, "the length of the data of initializer 'w' is '9999"),
+        ("length", "many", "the data of initializer 'w' has the length 'many'"),
+        ("length", "-24", "the data of initializer 'w' has the length '-24'"),
+        ("length", "9" * 400, "the data of initializer 'w' has the length '9999"),
         ("length", "23", "has 23 bytes"),
-        ("offset", "-8", "the offset of the data of initializer 'w' is '-8'"),
-        ("offset", "1e3", "the offset of the data of initializer 'w' is '1e3'"),
+        ("offset", "-8", "the data of initializer 'w' has the offset '-8'"),
+        ("offset", "1e3", "the data of initializer 'w' has the offset '1e3'"),
         ("offset", "8", "truncated: 24 bytes"),
         ("offset", str(2**62), "truncated: 24 bytes"),
         ("location", "", "has no data"),
         ("location", ".", r"'\.' of initializer 'w' is missing"),
-        ("location", "w\0.bin", "which is no path"),
+        ("location", "w\0.bin", "has no data"),
         ("location", "n" * 5000, "which is no path"),
     ],
 )

@@ -190,6 +190,16 @@ class Arithmetic(nn.Module):
         return x.new_zeros(up), x.new_ones(shift + 1), x[: max(n - 4, 1)]
 
 
+def test_repeating_nothing(tmp_path: Path) -> None:
+    class Repeat(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.repeat_interleave(2, dim=1)
+
+    for shape in ((4, 3, 0), (4, 0, 3), (4, 3, 2)):
+        program = trace(Repeat(), {"x": torch.randn(shape)})
+        assert_same(program, export_onnx(program, tmp_path / "m.onnx"), {"x": torch.randn(shape)})
+
+
 def test_division_of_sizes_rounds_as_in_python(tmp_path: Path) -> None:
     program = trace(Arithmetic(), {"x": torch.randn(7)}, dynamic={"x": {0: "N"}})
     path = export_onnx(program, tmp_path / "m.onnx")

@@ -262,6 +262,11 @@ def test_what_is_no_attention_stays_with_a_reason() -> None:
     def gated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return (q.sigmoid() * k).softmax(-1) * v
 
+    def in_a_row(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        row = (q.mean((1, 2)) @ k.mean((1, 2)).t())[0]
+        return torch.cat([row, row[:1]]).softmax(-1) @ torch.cat([v[:, 0, 0], v[:1, 0, 0]]) * q
+
+    assert "a concatenation" in refused(in_a_row)
     assert "not over the last axis" in refused(over_queries)
     assert "does not hide" in refused(weak_mask)
     assert "not to a product with values" in refused(thinned)
