@@ -209,19 +209,10 @@ def _embedded(tensor: Any, path: Path, offset: int, length: int) -> Weight:
     return Weight.from_file(path, offset, shape, dtype)
 
 
-def _count(name: str, what: str, text: str) -> int:
-    """A number of bytes in a place of external data."""
-    if not (text.isascii() and text.isdigit() and len(text) < 20):
-        raise ImportModelError(
-            f"the {what} of the data of initializer '{name}' is '{text[:40]}'", expected="a number of bytes"
-        )
-    return int(text)
-
-
 def _external(tensor: Any, dtype: torch.dtype, shape: tuple[int, ...], folder: Path | None) -> Weight:
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location = entries.get("location", "")
-    if folder is None or not location or "\0" in location:
+    if folder is None or not location:
         raise ImportModelError(
             f"initializer '{tensor.name}' has no data", expected="the name of a file beside the model"
         )

@@ -40,17 +40,18 @@ def check_onnx(case: Case) -> None:
             with np.errstate(all="ignore"):
                 return [np.asarray(value) for value in reference.run(None, dict(feeds))]
 
-        at_example = {"N": EXAMPLE}
+        def static() -> Program:
+            return from_onnx(path, sizes={"N": EXAMPLE}, static=True)
 
         def dynamic() -> Program:
             program = from_onnx(path)
             try:
                 program.check_feeds({name: torch.from_numpy(np.array(a)) for name, a in case.feeds.items()})
-            except InputError:  # one trace cannot take all sizes, and the importer kept another one
-                return from_onnx(path, sizes=at_example)
+            except InputError:  # one trace cannot take all sizes, and the importer kept one at others
+                return static()
             return program
 
-        program = _imported(dynamic, lambda: from_onnx(path, sizes=at_example, static=True), case, expected)
+        program = _imported(dynamic, static, case, expected)
         check_program(program, expected, _samples(program, case), case.magnitude, Path(folder))
 
 
