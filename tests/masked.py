@@ -19,7 +19,7 @@ from graphlathe.ir.weights import Weight
 
 aten = torch.ops.aten
 
-COUNTING = {aten.mean.dim, aten.layer_norm.default, aten.group_norm.default}
+COUNTING = {aten.mean.dim, aten.layer_norm.default, aten.rms_norm.default, aten.group_norm.default}
 
 
 def zeroed(program: Program, group: ChannelGroup, keep: Sequence[int]) -> Program:
@@ -65,7 +65,7 @@ def counting(node: fx.Node, args: Any, kwargs: Any, stays: Mapping[tuple[str, in
         return value
 
     small = [kept(a, v) for a, v in zip(node.args, args, strict=True)]
-    if node.target is aten.layer_norm.default:
+    if node.target in (aten.layer_norm.default, aten.rms_norm.default):
         small[1] = list(small[0].shape[-len(args[1]) :])
     result = node.target(*small, **kwargs)
     for dim in range(result.dim()):

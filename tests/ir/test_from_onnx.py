@@ -537,6 +537,7 @@ def test_external_data_missing_or_short(tmp_path: Path) -> None:
     ("key", "text", "message"),
     [
         ("length", "many", "the data of initializer 'w' has the length 'many'"),
+        ("length", "", "the data of initializer 'w' has the length ''"),
         ("length", "-24", "the data of initializer 'w' has the length '-24'"),
         ("length", "9" * 400, "the data of initializer 'w' has the length '9999"),
         ("length", "23", "has 23 bytes"),
