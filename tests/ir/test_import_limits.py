@@ -11,7 +11,6 @@ import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
 
-from graphlathe.ir.errors import ImportModelError
 from graphlathe.ir.from_onnx import from_onnx, walk
 from graphlathe.ir.from_onnx.limits import MOST_TURNS, ImportLimitError
 from graphlathe.ir.program import Program
