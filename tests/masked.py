@@ -67,6 +67,10 @@ def counting(node: fx.Node, args: Any, kwargs: Any, stays: Mapping[tuple[str, in
     small = [kept(a, v) for a, v in zip(node.args, args, strict=True)]
     if node.target in (aten.layer_norm.default, aten.rms_norm.default):
         small[1] = list(small[0].shape[-len(args[1]) :])
+    elif node.target is aten.group_norm.default and (mask := stays.get((node.args[0].name, 1))) is not None:
+        groups = mask.view(args[1], -1)
+        if (groups.all(1) | ~groups.any(1)).all():  # whole groups were cut, not channels of every group
+            small[1] = int(groups.all(1).sum())
     result = node.target(*small, **kwargs)
     for dim in range(result.dim()):
         mask = stays.get((node.name, dim))

@@ -219,6 +219,7 @@ class _Finder:
                 len(classes),
                 members,
                 places,
+                reason="it is a single unit, and one has to stay" if len(classes) == 1 else "",
                 zero_reason=why_not_zero(self.space, atoms, relations),
                 why=_why(relations, members),
             )
