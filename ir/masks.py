@@ -103,9 +103,9 @@ class _Reader:
         lead = rank - term.meta["val"].dim()
         value = self.functions.read(term)
         value = value.xreplace({coordinate(i): coordinate(i + lead) for i in range(rank)})
-        value = self.functions.within(value, whole.meta["val"].shape)
+        value = number(self.functions.within(value, whole.meta["val"].shape))  # True adds one
         if factor != 1.0:
-            value = sympy.piecewise_fold(sympy.expand(sympy.sympify(factor) * number(value)))
+            value = sympy.piecewise_fold(sympy.expand(sympy.sympify(factor) * value))
         if value == 0:
             return Mask(everything=True)
         condition = _hiding(value)

@@ -119,8 +119,9 @@ class _Zeros:
                 exponent = args.get("exponent")
                 return self._of(args["self"]) and isinstance(exponent, (int, float)) and exponent > 0
             case "clamp" | "clamp_min":
-                low, high = args.get("min"), args.get("max")
-                return self._of(args["self"]) and not (low or 0) > 0 and not (0 if high is None else high) < 0
+                low, high = (0 if args.get(name) is None else args[name] for name in ("min", "max"))
+                numbers = isinstance(low, (int, float)) and isinstance(high, (int, float))
+                return self._of(args["self"]) and numbers and low <= 0 <= high
             case "cat" | "concat" | "concatenate" | "stack":
                 # What is cut from the result comes from the operands that are cut.
                 return all(self._of(o) for o in operands if o in self.active)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ImportModelError
+from .host import cast as cast_known
 from .registry import operator
 from .unsigned import divide, is_unsigned, ordered, wrapping
 from .values import Host
@@ -219,9 +220,14 @@ def cast(x: Tensor, *, to: torch.dtype, saturate: int = 1) -> Tensor:
     return x.to(to)
 
 
-@operator("CastLike")
-def cast_like(x: Tensor, like: Tensor, *, saturate: int = 1) -> Tensor:
-    return x.to(like.dtype)
+@operator("CastLike", known=("x",))
+def cast_like(x: Tensor | Host, like: Tensor, *, saturate: int = 1) -> Any:
+    """Known numbers stay known: of ``like``, only the type counts."""
+    if isinstance(x, Host):
+        known = cast_known(x, to=like.dtype)
+        if known is not NotImplemented:
+            return known
+    return _as_tensor(x).to(like.dtype)
 
 
 @operator("Identity")

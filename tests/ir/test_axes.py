@@ -27,6 +27,7 @@ from graphlathe.passes.base import Context
 from graphlathe.passes.canonical.raise_all import RaiseAll
 from graphlathe.tools import zoo
 from tests.masked import run_masked, zeroed
+from tests.zoo_files import from_our_file
 from tests.zoo_programs import over_zoo, traced
 
 COUNTED = ("takes the mean over it", "takes the mean over the channels")
@@ -173,6 +174,32 @@ CASES: dict[str, Case] = {
     ),
     "sigmoid is not zero, its linear reader is": Case(
         lambda: nn.Sequential(linear(16, 12), nn.Sigmoid(), linear(12, 4)), TEXT, {("channel", 12): 1}
+    ),
+    "bounds that are values": Case(
+        lambda: Lambda(
+            lambda m, x: m.b(torch.clamp(m.a(x), m.low, m.high)), a=linear(16, 12), b=linear(12, 4), low=noise(1),
+            high=noise(12),
+        ),
+        TEXT,
+        {("channel", 12): 1},
+    ),
+    "maximum with bounds that are values": Case(
+        lambda: Lambda(
+            lambda m, x: m.b(torch.clamp(m.a(x), m.low, m.high).amax(-1, keepdim=True)), a=linear(16, 12),
+            b=linear(1, 4), low=noise(1), high=noise(1),
+        ),
+        TEXT,
+        {("channel", 12): 1},
+        zeroable=0,
+    ),
+    "sum of bounded values": Case(
+        lambda: Lambda(
+            lambda m, x: m.b(torch.clamp(m.a(x), m.low, m.high).sum(-1, keepdim=True)), a=linear(16, 12),
+            b=linear(1, 4), low=noise(1), high=noise(1),
+        ),
+        TEXT,
+        {("channel", 12): 1},
+        zeroable=0,
     ),
     "sum of sigmoids": Case(
         lambda: Lambda(lambda m, x: m.b(torch.sigmoid(m.a(x)).sum(-1, keepdim=True)), a=linear(16, 12), b=linear(1, 4)),
@@ -536,6 +563,19 @@ def check_zoo(program: Program, name: str, limit: int) -> None:
     assert all(bool(group.reason) != group.prunable for group in groups)
     for group in sampled(groups, limit):
         check_cut(program, group, feeds, half(group))
+
+
+def kinds(program: Program) -> Counter[tuple[str, int, bool]]:
+    return Counter((group.unit, group.size, group.zeroable) for group in find_groups(program) if group.prunable)
+
+
+@over_zoo(quick=("llama", "mobilenet_v2"))
+def test_zoo_from_onnx(name: str) -> None:
+    """A file has other operators and transposed weights; raised, its groups are those of the traced model."""
+    program, imported = traced(name).clone(), from_our_file(name).clone()
+    for each in (program, imported):
+        RaiseAll().run(each, Context())
+    assert kinds(imported) == kinds(program)
 
 
 @over_zoo(quick=QUICK)

@@ -359,6 +359,20 @@ def test_shape_arithmetic_disappears(tmp_path: Path) -> None:
     assert [program.main.dims.format(d) for d in program.outputs[0].shape] == ["B", "S", "4", "6"]
 
 
+def test_known_numbers_stay_known_through_a_cast(tmp_path: Path) -> None:
+    """Exporters cast the bounds of Clip to the type of what is clipped."""
+    nodes = [
+        oh.make_node("CastLike", ["low", "x"], ["l"]),
+        oh.make_node("CastLike", ["high", "x"], ["h"]),
+        oh.make_node("Clip", ["x", "l", "h"], ["y"]),
+    ]
+    model = _model(nodes, [("x", F, ["n", 3])], ["y"], {"low": np.array(0), "high": np.array(6.0)})
+    program = _import(model, tmp_path)
+    assert [str(node.target) for node in _operators(program)] == ["aten.clamp.default"]
+    x = torch.tensor([[-1.0, 3.0, 7.0]])
+    assert torch.equal(program.run({"x": x})["y"], x.clamp(0, 6))
+
+
 def test_sizes_that_become_data(tmp_path: Path) -> None:
     """A size that a real operator consumes is a tensor there, still symbolic."""
     nodes = [

@@ -100,6 +100,11 @@ def alibi(m: Masked, seen: Tensor, x: Tensor) -> Tensor:
     return m.slopes[:, None, None] * j + triu(m, seen, x)
 
 
+def relative_and_nothing_hidden(m: Masked, seen: Tensor, x: Tensor) -> Tensor:
+    """A mask of ones, added as it is: every score is one higher."""
+    return relative(m, seen, x) + torch.ones(1, 1, x.shape[1], x.shape[1], dtype=torch.bool)
+
+
 def relative(m: Masked, seen: Tensor, x: Tensor) -> Tensor:
     i, j = positions(x)
     return m.table[(j - i).clamp(-8, 8) + 8].permute(2, 0, 1)
@@ -136,6 +141,7 @@ CASES: dict[Callable[[Masked, Tensor, Tensor], Tensor], tuple[Mask, str]] = {
     sum_of_masks: (Mask(causal=True, padding=True), "causal, padding"),
     alibi: (Mask(causal=True, bias="alibi"), "causal, ALiBi"),
     relative: (Mask(bias="relative"), "relative bias"),
+    relative_and_nothing_hidden: (Mask(bias="relative"), "relative bias"),
     of_contents: (Mask(bias="content"), "content bias"),
     everything: (Mask(everything=True), "no mask"),
     ahead: (Mask(other=("2 keys ahead",)), "(2 keys ahead)"),

@@ -2,31 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from graphlathe.ir.errors import ImportModelError
-from graphlathe.ir.from_onnx import from_onnx
 from graphlathe.tools import zoo
-from graphlathe.tools.zoo.legacy_onnx import write_legacy_onnx
+from tests.zoo_files import UNWRITTEN, WRITTEN_WRONG, from_older_file, from_our_file, older_file
 from tests.zoo_programs import over_zoo, traced
-
-MIXTURES = ("mixtral", "qwen2_moe", "olmoe", "phimoe", "granitemoe", "gpt_oss", "deepseek_v3", "granitemoehybrid")
-UNWRITTEN: dict[str, str] = {
-    **dict.fromkeys((*MIXTURES, "jamba", "minimax"), "aten::histc"),
-    "glm": "All tensors must have the same rank",
-    "qwen3_next": "linalg_solve_triangular",
-    "fnet": "fft_fftn",
-    "dinov2_registers": "_upsample_bicubic2d_aa",
-    "whisper": "aten::diff",
-    "plain_transformer": "_transformer_encoder_layer_fwd",
-    "plain_transformer_prenorm": "_transformer_encoder_layer_fwd",
-}
-"""What the older exporter cannot write, with the reason that it gives."""
-WRITTEN_WRONG = {"cohere"}
-"""What it writes with a reshape that does not fit: ONNX Runtime does not run the file either."""
 
 
 def assert_same(actual: list[torch.Tensor], expected: list[torch.Tensor], tol: float = 2e-5) -> None:
@@ -42,10 +24,10 @@ def assert_same(actual: list[torch.Tensor], expected: list[torch.Tensor], tol: f
 
 
 @over_zoo(quick=("fnet",))
-def test_our_file(name: str, tmp_path: Path) -> None:
+def test_our_file(name: str) -> None:
     """Names of inputs and dimensions are kept, and dynamic ones stay so: equal at sizes that no trace saw."""
     model, original = zoo.get(name), traced(name)
-    program = from_onnx(original.export_onnx(tmp_path / "model.onnx"))
+    program = from_our_file(name)
     assert program.main.inputs == original.main.inputs
     assert program.main.outputs == original.main.outputs
     assert set(program.main.dims.by_name) == set(original.main.dims.by_name)
@@ -55,25 +37,25 @@ def test_our_file(name: str, tmp_path: Path) -> None:
 
 
 @over_zoo(quick=("gpt_neo",))
-def test_file_of_the_older_exporter(name: str, tmp_path: Path) -> None:
+def test_file_of_the_older_exporter(name: str) -> None:
     """The same for its chains of sizes: all dimensions that it declares dynamic stay dynamic."""
-    model, path = zoo.get(name), tmp_path / "model.onnx"
+    model = zoo.get(name)
     if name in UNWRITTEN:
         with pytest.raises(Exception, match=UNWRITTEN[name]):
-            write_legacy_onnx(model, path)
+            older_file(name)
         return
-    written = write_legacy_onnx(model, path)
+    written = older_file(name)
     if name in WRITTEN_WRONG:
         runtime = pytest.importorskip("onnxruntime", reason="it shows that the file is wrong")
         feeds = {key: value.numpy() for key, value in written.inputs(model.trace_sizes).items()}
         options = runtime.SessionOptions()
         options.log_severity_level = 4
         with pytest.raises(Exception, match="cannot be reshaped"):
-            runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]).run(None, feeds)
+            runtime.InferenceSession(str(written.path), options, providers=["CPUExecutionProvider"]).run(None, feeds)
         with pytest.raises(ImportModelError, match=r"Reshape failed .*self_attn/Reshape"):
-            from_onnx(path)
+            from_older_file(name)
         return
-    program = from_onnx(path)
+    program = from_older_file(name)
     declared = {size for axes in model.dynamic.values() for size in axes.values()}
     assert set(program.main.dims.by_name) == declared
     for sizes in (model.trace_sizes, *model.unseen_sizes):
