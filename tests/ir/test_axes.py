@@ -28,7 +28,7 @@ from graphlathe.passes.canonical.raise_all import RaiseAll
 from graphlathe.tools import zoo
 from tests.masked import run_masked, zeroed
 from tests.zoo_files import from_our_file
-from tests.zoo_programs import over_zoo, traced
+from tests.zoo_programs import SAMPLE, over_zoo, traced, zoo_parameters
 
 COUNTED = ("takes the mean over it", "takes the mean over the channels")
 QUICK = ("llama", "plain_shuffle", "plain_densenet")
@@ -569,7 +569,7 @@ def kinds(program: Program) -> Counter[tuple[str, int, bool]]:
     return Counter((group.unit, group.size, group.zeroable) for group in find_groups(program) if group.prunable)
 
 
-@over_zoo(quick=("llama", "mobilenet_v2"))
+@pytest.mark.parametrize("name", zoo_parameters((*SAMPLE, "mobilenet_v2", "gpt_neox"), quick=("llama", "mobilenet_v2")))
 def test_zoo_from_onnx(name: str) -> None:
     """A file has other operators and transposed weights; raised, its groups are those of the traced model."""
     program, imported = traced(name).clone(), from_our_file(name).clone()

@@ -25,6 +25,7 @@ Row = dict[str, Any]
 MODULES: dict[str, str] = {
     "compiler": ".compiler",
     "onnx-coverage": ".onnx_coverage",
+    "page": ".page",
     "peers-import": ".peers_import",
     "scale": ".scale",
 }
