@@ -31,6 +31,7 @@ from tests.zoo_files import from_our_file
 from tests.zoo_programs import SAMPLE, over_zoo, traced, zoo_parameters
 
 COUNTED = ("takes the mean over it", "takes the mean over the channels")
+RAISED = (*SAMPLE, "mobilenet_v2", "gpt_neox", "gemma3", "olmoe", "gpt_oss", "mamba2", "plain_squeeze_excite")
 QUICK = ("llama", "plain_shuffle", "plain_densenet")
 
 
@@ -577,8 +578,7 @@ def test_zoo_as_traced(name: str) -> None:
     check_zoo(traced(name), name)
 
 
-@pytest.mark.slow
-@over_zoo(quick=())
+@pytest.mark.parametrize("name", zoo_parameters(RAISED, quick=()))
 def test_zoo_raised(name: str) -> None:
     """The same on the raised form."""
     program = traced(name).clone()
