@@ -19,9 +19,10 @@ from torch import fx
 
 from ...ir.program import Program
 from ...ir.rewrite import is_op
-from .arguments import argument
+from .arguments import argument, schema
 from .constants import is_vector, scalar_of
 from .refusal import Refused, readers_inside
+from .sizes import same_shape
 
 aten = torch.ops.aten
 
@@ -156,6 +157,8 @@ class _Walk:
             inside |= passed
         if _dtype(base) in HALF:
             raise Refused("the statistics are computed in half precision", below)
+        if _dtype(base).is_complex:
+            raise Refused("the values are complex numbers", below)
         return _Statistic(base, is_variance, int(base.meta["val"].shape[-1]), eps, inside)
 
     def mean_of_squares(self, node: Any) -> tuple[fx.Node, Nodes]:
@@ -200,8 +203,9 @@ class _Walk:
     def check_axis(self, node: fx.Node) -> int:
         """The length of the last axis, if that is what a reduction reduces."""
         source: Any = node.args[0]
-        dims, known = argument(node, "dim"), source.meta["val"]
-        if not dims or [d % known.dim() for d in dims] != [known.dim() - 1]:
+        known = source.meta["val"]
+        dims = argument(node, "dim") if "dim" in schema(node.target) else None  # type: ignore[arg-type]
+        if not dims or not known.dim() or [d % known.dim() for d in dims] != [known.dim() - 1]:
             raise Refused("the statistics are not over the last axis", node)
         if not argument(node, "keepdim"):
             raise Refused("the statistics lose the reduced axis", node)
@@ -246,6 +250,8 @@ class _Walk:
             raise Refused("the root does not scale the value that it was computed from", scale)
         if _dtype(norm.result) != _dtype(norm.x):
             raise Refused("the product has another dtype than the statistics", norm.result)
+        if not same_shape(norm.result.meta["val"], norm.x.meta["val"]):
+            raise Refused("a constant of the norm adds axes", norm.result)
         return norm
 
     def scaled(self, start: SpelledNorm, user: fx.Node, value: Any, statistic: _Statistic) -> SpelledNorm | None:
@@ -273,7 +279,7 @@ class _Walk:
             total, shift = next(iter(ours.users)), next(iter(theirs.users))
             inside = start.inside | below[1] | mean[1] | {start.result, ours, theirs}
             norm = replace(start, result=total, x=below[0], centred=True, inside=inside)
-            if is_op(total, aten.sub.Tensor) and total.args == (ours, theirs):
+            if is_op(total, aten.sub.Tensor) and total.args == (ours, theirs) and not _scaled(total):
                 return norm
             bias = shift.args[0] if is_op(shift, aten.sub.Tensor) else None
             known = is_op(shift, aten.neg) or is_vector(bias, start.size, ours)

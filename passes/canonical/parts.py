@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from ...ir.rewrite import is_op
+from .sizes import same_size
 
 aten = torch.ops.aten
 
@@ -80,4 +81,7 @@ def interleaved(node: Any) -> tuple[Any, Any] | None:
         pieces = [p.args[0] for p in parts] if last else None
     if pieces is None or len(pieces) != 2 or width(node) != 2 * (width(pieces[0]) or 0):
         return None
-    return (pieces[0], pieces[1]) if node.meta["val"].dim() == rank - 1 else None
+    # The reshape may join the last two axes only: the others keep their order.
+    kept, given = node.meta["val"].shape[:-1], stack.meta["val"].shape[:-2]
+    same = len(kept) == len(given) and all(same_size(a, b) for a, b in zip(kept, given, strict=True))
+    return (pieces[0], pieces[1]) if same else None

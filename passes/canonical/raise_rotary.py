@@ -24,6 +24,7 @@ from ...kernels import rotary_embedding
 from ..base import Context, Effect, Pass, Stats
 from .constants import scalar_of
 from .parts import Part, interleaved, joined, part_of, width
+from .sizes import same_type
 
 aten = torch.ops.aten
 
@@ -174,7 +175,11 @@ def _two_halves(program: Program, node: fx.Node, first: Any, second: Any, *, pai
         for b, sin in _factors(first.args[1]):
             for left, right in (second.args[:2], second.args[:2][::-1]):
                 same = any(p == (b, cos) for p in _factors(left)) and any(p == (a, sin) for p in _factors(right))
-                if same and width(cos) == width(a) == width(b) == width(sin):
+                if not same:
+                    continue
+                if width(a) is None:
+                    raise _NoRotation("the last axis has no fixed size")
+                if width(cos) == width(a) == width(b) == width(sin):
                     return _joined_again(node, a, b, cos, sin, pairs)
     return None
 
@@ -190,7 +195,10 @@ def _joined_again(node: fx.Node, a: fx.Node, b: fx.Node, cos: fx.Node, sin: fx.N
         if (first.start, first.step, second.start, second.step) != (0, 2, 1, 2):
             return None
         return _Rotation(first.source, cos, sin, size, True)
-    return _Rotation(_whole(*parts, node) or (a, b), cos, sin, size, False)
+    whole = _whole(*parts, node)
+    if whole is None and not same_type(a.meta["val"], b.meta["val"]):
+        raise _NoRotation("the two halves have different shapes or types")
+    return _Rotation(whole or (a, b), cos, sin, size, False)
 
 
 def _partial(node: fx.Node) -> _Rotation | None:
