@@ -68,8 +68,8 @@ def _einsum(rewriter: Rewriter, node: fx.Node) -> fx.Node | None:
         return None
     if set(left) - {*batch, *rows, *summed} or set(right) - {*batch, *columns, *summed}:
         return None  # a label that only one operand has and that is summed
-    if not _same_batch(a, left, b, right, batch):
-        return None
+    if not _same_sizes(a, left, b, right, [*batch, *summed]):
+        return None  # an operand is broadcast
     with rewriter.before(node):
         x = _permuted(rewriter, a, [left.index(c) for c in (*batch, *rows, *summed)])
         y = _permuted(rewriter, b, [right.index(c) for c in (*batch, *summed, *columns)])
@@ -105,8 +105,8 @@ def einsum_labels(equation: str, operands: Sequence[fx.Node]) -> tuple[list[str]
     return (terms, out) if all(len(set(term)) == len(term) for term in (*terms, out)) else None
 
 
-def _same_batch(a: fx.Node, left: str, b: fx.Node, right: str, batch: list[str]) -> bool:
-    return all(str(a.meta["val"].shape[left.index(c)]) == str(b.meta["val"].shape[right.index(c)]) for c in batch)
+def _same_sizes(a: fx.Node, left: str, b: fx.Node, right: str, labels: list[str]) -> bool:
+    return all(str(a.meta["val"].shape[left.index(c)]) == str(b.meta["val"].shape[right.index(c)]) for c in labels)
 
 
 def _permuted(rewriter: Rewriter, x: Any, order: list[int]) -> fx.Node:

@@ -13,8 +13,9 @@ when it was computed by comparing positions) becomes ``is_causal``; one that hid
 that are there already are tidied in the same way. Soft caps and sinks need ``graphlathe.attention``; everything else
 is ``aten.scaled_dot_product_attention``.
 
-A score that a mask fills with -10000 or less counts as hidden. If a mask hides *every* key of a query, the query gets
-what it got before: the mean of the values where the mask was finite, zero where it was minus infinity and guarded.
+A score that a mask fills with -10000 or less counts as hidden. If masks hide *every* key of a query, the query gets
+what it got before: the mean of the values where the masks were finite. Where they were minus infinity it gets zero, as
+a guard makes it; without a guard it got not-a-number.
 """
 
 from __future__ import annotations
@@ -28,17 +29,20 @@ from torch import fx
 
 from ...ir.errors import GraphlatheError
 from ...ir.index_functions import IndexFunctions
-from ...ir.masks import Mask, read_mask
 from ...ir.program import Program
 from ...ir.rewrite import Rewriter, is_op
 from ...ir.views import permutation
 from ...kernels import attention
 from ..base import Context, Effect, Pass, Stats
 from .arguments import argument
+from .attention_masks import MaskBuilder, Needed, needed_masks
+from .attention_weights import SOFTMAX
 from .constants import scalar_of
-from .heads import unrepeated
+from .heads import Repeated, unrepeated
 from .products import spell_products
-from .scores import SOFTMAX, Added, Hidden, NoAttention, Scores, is_default_scale, read_scores
+from .refusal import NoAttention
+from .scores import Added, Hidden, Scores, is_default_scale, read_scores
+from .sizes import same_type
 
 aten = torch.ops.aten
 
@@ -87,11 +91,14 @@ class _Raising:
             NoAttention: why not.
         """
         found = read_scores(self.rewriter.program, softmax, self.functions)
+        needed = needed_masks(self.functions, found, False)
         with self.rewriter.before(found.output):
             try:
-                result = self._build(found)
+                result = self._build(found, *needed)
             except GraphlatheError as error:
                 raise NoAttention(f"one operator refuses these shapes: {error.message}") from error
+        if not same_type(result.meta["val"], found.output.meta["val"]):
+            raise NoAttention("one operator would give a result of another shape or type")
         self.rewriter.replace(found.output, result)
 
     def tidied(self, node: fx.Node) -> bool:
@@ -107,31 +114,28 @@ class _Raising:
         found.scale = 1 / math.sqrt(width) if given is None else given
         mask = argument(node, "attn_mask")
         if mask is not None and mask.meta["val"].dtype is torch.bool:
-            found.hidden.append(Hidden(mask, True, -math.inf, False))
+            found.masks.append(Hidden(mask, True, -math.inf, False))
         elif mask is not None:
-            found.added.append(Added(mask, 1.0, False))
+            found.masks.append(Added(mask, 1.0, False))
         causal = bool(argument(node, "is_causal"))
-        if self._is_tidy(found, query, key, value, causal, given):
+        needed = needed_masks(self.functions, found, causal)
+        if needed == (found.masks, causal) and self._is_tidy(query, key, value, given):
             return False
         with self.rewriter.before(node):
-            result = self._operator(found, query, key, value, causal)
+            result = self._operator(found, query, key, value, *needed)
         self.rewriter.replace(node, result)
         return True
 
-    def _is_tidy(self, found: Scores, query: Any, key: Any, value: Any, causal: bool, scale: float | None) -> bool:
-        """Whether an attention operator would come out as it is."""
+    def _is_tidy(self, query: Any, key: Any, value: Any, scale: float | None) -> bool:
+        """Whether an attention operator with the masks that it needs would come out as it is."""
         if any(self._unscaled(x)[1] != 1.0 for x in (query, key)):
             return False
-        if scale is not None and is_default_scale(scale, query.meta["val"].shape[-1]):
+        known = query.meta["val"]
+        if scale is not None and is_default_scale(scale, known.shape[-1], known.dtype):
             return False
-        heads = query.meta["val"].shape[-3]
-        repeats = [unrepeated(x, x.meta["val"].dim() - 3) for x in (key, value)]
-        if isinstance(heads, int) and None not in repeats and repeats[0].groups == repeats[1].groups:  # type: ignore[union-attr]
-            return False
-        added, hidden, now_causal = self._needed_masks(found, causal)
-        return (added, hidden, now_causal) == (found.added, found.hidden, causal)
+        return _repeats(query, key, value) is None
 
-    def _build(self, found: Scores) -> fx.Node:
+    def _build(self, found: Scores, masks: Needed, causal: bool) -> fx.Node:
         query, value = found.query, found.value
         key_t, by = self._unscaled(found.key_t)
         key = self._transposed(key_t)
@@ -144,23 +148,19 @@ class _Raising:
             key = self._reshaped(key, [*lead[:-2], lead[-1], key.meta["val"].shape[-1]])
             if found.back is not None:
                 value = self._reshaped(value, [*lead[:-2], lead[-1], value.meta["val"].shape[-1]])
-        result = self._operator(found, query, key, value, False)
+        result = self._operator(found, query, key, value, masks, causal)
         if found.back is not None:
             result = self._reshaped(result, [*found.back[:-1], result.meta["val"].shape[-1]])
         return result
 
-    def _operator(self, found: Scores, query: Any, key: Any, value: Any, causal: bool) -> fx.Node:
+    def _operator(self, found: Scores, query: Any, key: Any, value: Any, masks: Needed, causal: bool) -> fx.Node:
         call = self.rewriter.call
         query, by = self._unscaled(query)
         key, and_by = self._unscaled(key)
         scale: float | None = found.scale * by * and_by
-        heads = query.meta["val"].shape[-3]
-        grouped = False
-        if isinstance(heads, int):
-            key, value, grouped = self._ungrouped(query, key, value, heads)
-        added, hidden, causal = self._needed_masks(found, causal)
-        mask = self._mask(found, added, hidden, query.meta["val"].dtype)
-        if is_default_scale(scale, query.meta["val"].shape[-1]):  # type: ignore[arg-type]
+        key, value, grouped = self._ungrouped(query, key, value)
+        mask = MaskBuilder(self.rewriter, found, lambda mask: self._outer(found, mask)).build(masks)
+        if is_default_scale(scale, query.meta["val"].shape[-1], query.meta["val"].dtype):  # type: ignore[arg-type]
             scale = None
         like = found.output
         if found.softcap is not None or found.sinks is not None:
@@ -186,65 +186,17 @@ class _Raising:
             return sinks
         return self._reshaped(sinks, [-1])
 
-    def _ungrouped(self, query: Any, key: Any, value: Any, heads: int) -> tuple[Any, Any, bool]:
-        """Keys and values before they were repeated for the heads, when both were, in the same way."""
-        fewer = [unrepeated(x, x.meta["val"].dim() - 3) for x in (key, value)]
-        if all(f is not None for f in fewer) and fewer[0].groups == fewer[1].groups:  # type: ignore[union-attr]
-            return *(f.build(self.rewriter) for f in fewer), True  # type: ignore[union-attr]
-        sizes = {x.meta["val"].shape[-3] for x in (key, value)}
-        return key, value, sizes == {1} and heads != 1
+    def _ungrouped(self, query: Any, key: Any, value: Any) -> tuple[Any, Any, bool]:
+        """Keys and values before they were repeated for the heads, and whether there are fewer of them than heads."""
+        repeats = _repeats(query, key, value)
+        if repeats is not None:
+            return repeats[0].build(self.rewriter), repeats[1].build(self.rewriter), True
+        heads, *fewer = (x.meta["val"].shape[-3] for x in (query, key, value))
+        return key, value, fewer[0] == fewer[1] and _divides(fewer[0], heads) and fewer[0] != heads
 
-    def _needed_masks(self, found: Scores, causal: bool) -> tuple[list[Added], list[Hidden], bool]:
-        """Masks without those that do nothing; and whether they only say 'causal'."""
-        read: list[tuple[Added | Hidden, Mask]] = []
-        for added in found.added:
-            read.append((added, read_mask(self.functions, added.tensor, factor=added.factor)))
-        for hidden in found.hidden:
-            read.append((hidden, read_mask(self.functions, hidden.condition, hides=not hidden.visible)))
-        kept = [mask for mask, does in read if not does.everything]
-        if len(kept) == 1 and not causal:
-            does = next(d for mask, d in read if mask is kept[0])
-            if does.exactly_causal and not kept[0].inner:
-                return [], [], True
-        return [m for m in kept if isinstance(m, Added)], [m for m in kept if isinstance(m, Hidden)], causal
-
-    def _mask(self, found: Scores, added: list[Added], hidden: list[Hidden], dtype: torch.dtype) -> fx.Node | None:
-        """One mask: boolean if it only hides by minus infinity, else a tensor to add."""
-        call = self.rewriter.call
-        if hidden and not added and all(h.fill == -math.inf for h in hidden):
-            seen = [self._seen(found, h) for h in hidden]
-            while len(seen) > 1:
-                seen = [call(aten.logical_and.default, seen[0], seen[1], like=found.output), *seen[2:]]
-            return seen[0]
-        lowest = torch.finfo(dtype).min
-        terms = [self._term(found, a, dtype) for a in added]
-        for h in hidden:
-            zero = call(aten.full.default, [], 0, dtype=dtype, like=found.output)
-            fill = h.fill if h.fill == -math.inf else lowest
-            condition = self._outer(found, h.condition, h.inner)
-            choice = (condition, zero, fill) if h.visible else (condition, fill, zero)
-            choose = aten.where.ScalarOther if h.visible else aten.where.ScalarSelf
-            terms.append(call(choose, *choice, like=found.output))
-        while len(terms) > 1:
-            terms = [call(aten.add.Tensor, terms[0], terms[1], like=found.output), *terms[2:]]
-        return terms[0] if terms else None
-
-    def _seen(self, found: Scores, hidden: Hidden) -> fx.Node:
-        condition = self._outer(found, hidden.condition, hidden.inner)
-        if hidden.visible:
-            return condition
-        return self.rewriter.call(aten.logical_not.default, condition, like=found.output)
-
-    def _term(self, found: Scores, added: Added, dtype: torch.dtype) -> fx.Node:
-        call = self.rewriter.call
-        term = self._outer(found, added.tensor, added.inner)
-        if term.meta["val"].dtype != dtype:
-            term = call(aten._to_copy.default, term, dtype=dtype, like=term)
-        return term if added.factor == 1.0 else call(aten.mul.Tensor, term, added.factor, like=term)
-
-    def _outer(self, found: Scores, mask: fx.Node, inner: bool) -> fx.Node:
+    def _outer(self, found: Scores, mask: fx.Node) -> fx.Node:
         """A mask with the leading axes that the scores have at the softmax."""
-        if not inner or found.lead is None:
+        if found.lead is None:
             return mask
         lead = found.query.meta["val"].shape[:-2]
         if [str(s) for s in mask.meta["val"].shape[:-2]] != [str(s) for s in lead]:
@@ -277,6 +229,22 @@ class _Raising:
         """A query or key before it was multiplied by a number."""
         if is_op(x, aten.mul, aten.div) and isinstance(x.args[0], fx.Node):
             by = scalar_of(self.rewriter.program, x.args[1])
-            if by is not None and by > 0:
+            plain = is_op(x, aten.mul.Tensor, aten.div.Tensor) and same_type(x.meta["val"], x.args[0].meta["val"])
+            if plain and by is not None and by > 0:
                 return x.args[0], by if is_op(x, aten.mul) else 1 / by
         return x, 1.0
+
+
+def _repeats(query: fx.Node, key: fx.Node, value: fx.Node) -> tuple[Repeated, Repeated] | None:
+    """How keys and values were repeated, when both were, in the same way, for the heads of the queries."""
+    heads, *others = (x.meta["val"].shape[-3] for x in (query, key, value))
+    if not all(_divides(other, heads) for other in others):
+        return None
+    first, second = (unrepeated(x, x.meta["val"].dim() - 3) for x in (key, value))
+    if first is None or second is None or first.groups != second.groups:
+        return None
+    return first, second
+
+
+def _divides(few: Any, many: Any) -> bool:
+    return isinstance(few, int) and isinstance(many, int) and few > 0 and many % few == 0

@@ -19,6 +19,10 @@ class Refused(Exception):
         self.node = node
 
 
+class NoAttention(Exception):
+    """Why a softmax is no attention that can be raised; the text is the reason."""
+
+
 def readers_inside(inside: set[fx.Node], results: set[fx.Node]) -> None:
     """Check that what a rewrite makes superfluous is read by nothing else.
 

@@ -7,8 +7,6 @@ that fill or choose, casts, and reshapes of the leading axes (heads folded into 
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,17 +20,17 @@ from ...ir.masks import HIDES
 from ...ir.program import Program
 from ...ir.rewrite import is_op
 from .arguments import argument
+from .attention_weights import follow_weights, greatest_of, name_of
 from .constants import scalar_of
+from .polynomial import ROUNDING
+from .refusal import NoAttention
+from .sizes import same_shape
 
 aten = torch.ops.aten
 
-SOFTMAX = (aten.softmax, aten._softmax, aten._safe_softmax)
 _DEPTH = 16  # operators between a softmax and its product
-_NEVER = -1e30  # a bound below every score
-
-
-class NoAttention(Exception):
-    """Why a softmax is no attention that can be raised; the text is the reason."""
+LOWEST = -1e30
+"""A number below every score, so much that a score added to it is lost."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +44,22 @@ class Added:
 
 @dataclass(frozen=True)
 class Hidden:
-    """A condition on keys: ``visible`` if it is true where a key is seen; ``fill`` is the score where it is not."""
+    """A condition on keys: ``visible`` if it is true where a key is seen; ``fill`` is the score where it is not.
+
+    Where the condition was spelled as a factor of 0 or 1, ``added`` is what was added to the product with it.
+    """
 
     condition: fx.Node
     visible: bool
     fill: float
+    inner: bool
+    added: Added | None = None
+
+
+@dataclass(frozen=True)
+class Floor:
+    """No score is below a number that is below every product of queries and keys."""
+
     inner: bool
 
 
@@ -64,8 +73,8 @@ class Scores:
         value: [..., keys, value_dim].
         scale: factor of the product.
         softcap: bound of the scores, or None.
-        added: tensors added to the scores.
-        hidden: conditions that choose between the scores and a very negative number.
+        masks: what is added to the scores, conditions that choose between them and a very negative number, and
+            floors below them; the outermost first.
         lead: the sizes (arguments of a reshape) of the scores when queries and keys have other leading axes.
         back: the sizes to which the weights were reshaped before they met the values, or None.
         sinks: the tensor of attention sinks, or None.
@@ -79,8 +88,7 @@ class Scores:
     output: fx.Node
     scale: float = 1.0
     softcap: float | None = None
-    added: list[Added] = field(default_factory=list)
-    hidden: list[Hidden] = field(default_factory=list)
+    masks: list[Added | Hidden | Floor] = field(default_factory=list)
     lead: list[Any] | None = None
     back: list[Any] | None = None
     sinks: fx.Node | None = None
@@ -97,9 +105,8 @@ def read_scores(program: Program, softmax: fx.Node, functions: IndexFunctions) -
     if int(softmax.args[1]) % rank != rank - 1:  # type: ignore[call-overload]
         raise NoAttention("the softmax is not over the last axis")
     reader = _Reader(program, functions)
-    start: Any = softmax.args[0]
-    found = reader.down(start)
-    output, value, back = _up(softmax, found.sinks is not None, reader.number)
+    found = reader.down(softmax)
+    output, value, back = follow_weights(softmax, found.sinks is not None, reader.number)
     found.output, found.value, found.back = output, value, back or found.back
     if found.lead is not None and found.back is None and value.meta["val"].dim() != rank:
         raise NoAttention("the weights and the values have other leading axes")
@@ -112,48 +119,58 @@ class _Reader:
     def __init__(self, program: Program, functions: IndexFunctions) -> None:
         self.program = program
         self.functions = functions
+        self.bounded: set[fx.Node] = set()  # scores whose greatest one was subtracted from them
 
     def number(self, value: Any) -> float | None:
         return scalar_of(self.program, value)
 
-    def down(self, node: fx.Node) -> Scores:
+    def down(self, softmax: fx.Node) -> Scores:
         """From the softmax's operand to the product."""
-        node, sinks = self._without_sinks(node)
+        node, sinks = self._without_sinks(softmax.args[0])
         found = Scores(node, node, node, node, sinks=sinks)
         factor = 1.0
         for _ in range(_DEPTH):
-            args: Any = node.args
             if is_op(node, aten.matmul):
                 return self._product(found, node, factor)
-            if is_op(node, aten.mul, aten.div) and (scaled := self._scaled(node)) is not None:
-                node, by = scaled
-                factor *= by
-            elif is_op(node, aten.mul) and found.by is None and found.softcap is None and _is_per_head(args[1]):
-                if found.lead is None and (found.back is not None or self._folds(args[0])):
-                    raise NoAttention("its scores are scaled head by head after they are reshaped")
-                found.by, node = args[1], args[0]
-            elif is_op(node, aten.add, aten.sub):
-                node = self._added(found, node, factor)
-            elif is_op(node, aten.masked_fill):
-                node = self._filled(found, args[0], args[1], self.number(args[2]), False, factor)
-            elif is_op(node, aten.where):
-                if (fill := self.number(args[2])) is not None:
-                    node = self._filled(found, args[1], args[0], fill, True, factor)
-                else:
-                    node = self._filled(found, args[2], args[0], self.number(args[1]), False, factor)
-            elif is_op(node, aten.maximum) and (bound := self.number(args[1])) is not None and bound <= _NEVER:
-                node = args[0]  # a floor below every score
-            elif is_op(node, aten.tanh):
-                if found.softcap is not None:
-                    raise NoAttention("two soft caps")
-                found.softcap, factor, node = factor, 1.0, args[0]
-            elif is_op(node, aten.reshape):
-                node = self._regrouped(found, node)
-            elif is_op(node, aten._to_copy) and args[0].meta["val"].dtype.is_floating_point:
-                node = args[0]
-            else:
-                raise NoAttention(f"its scores come from {_name(node)}, not from a product of queries and keys")
+            below, factor = self._below(found, node, factor)
+            if not is_op(node, aten.reshape) and not same_shape(node.meta["val"], below.meta["val"]):
+                raise NoAttention("its scores are broadcast on their way to the softmax")
+            node = below
+            if len(node.users) != 1 and node not in self.bounded:
+                raise NoAttention("its scores are used elsewhere too")
         raise NoAttention("its scores do not come from a product of queries and keys")
+
+    def _below(self, found: Scores, node: fx.Node, factor: float) -> tuple[fx.Node, float]:
+        """One step from the softmax to the product: the next node, and what the scores are multiplied by above it."""
+        args: Any = node.args
+        if is_op(node, aten.mul, aten.div) and (scaled := self._scaled(node)) is not None:
+            return scaled[0], factor * scaled[1]
+        if is_op(node, aten.mul) and found.by is None and found.softcap is None and _is_per_head(args[1]):
+            if found.lead is None and (found.back is not None or self._folds(args[0])):
+                raise NoAttention("its scores are scaled head by head after they are reshaped")
+            found.by = args[1]
+            return args[0], factor
+        if is_op(node, aten.add, aten.sub):
+            return self._added(found, node, factor), factor
+        if is_op(node, aten.masked_fill):
+            return self._filled(found, args[0], args[1], self.number(args[2]), False, factor), factor
+        if is_op(node, aten.where):
+            if (fill := self.number(args[2])) is not None:
+                return self._filled(found, args[1], args[0], fill, True, factor), factor
+            return self._filled(found, args[2], args[0], self.number(args[1]), False, factor), factor
+        if is_op(node, aten.maximum) and (bound := self.number(args[1])) is not None and bound * factor <= LOWEST:
+            found.masks.append(Floor(found.lead is not None))
+            return args[0], factor
+        if is_op(node, aten.tanh):
+            if found.softcap is not None or found.by is not None:
+                raise NoAttention("two soft caps, or one before the scores are scaled head by head")
+            found.softcap = factor
+            return args[0], 1.0
+        if is_op(node, aten.reshape):
+            return self._regrouped(found, node), factor
+        if is_op(node, aten._to_copy) and all(n.meta["val"].dtype.is_floating_point for n in (node, args[0])):
+            return args[0], factor
+        raise NoAttention(f"its scores come from {name_of(node)}, not from a product of queries and keys")
 
     def _folds(self, node: fx.Node) -> bool:
         """Whether a reshape stands between here and the product."""
@@ -170,7 +187,7 @@ class _Reader:
                 raise NoAttention("its scores are a product by a weight")
         if factor <= 0:
             raise NoAttention("its scores have a negative scale")
-        if len(node.users) != 1:
+        if len(node.users) != 1 and node not in self.bounded:
             raise NoAttention("its scores are used elsewhere too")
         found.query, found.key_t = query, key_t  # type: ignore[assignment]
         # cap * tanh(g * product) is cap * tanh(g * cap * product / cap).
@@ -178,6 +195,8 @@ class _Reader:
         return found
 
     def _scaled(self, node: fx.Node) -> tuple[fx.Node, float] | None:
+        if not is_op(node, aten.mul.Tensor, aten.div.Tensor):
+            return None  # a quotient that is rounded
         a, b = node.args[:2]
         by = self.number(b)
         if by is not None and isinstance(a, fx.Node):
@@ -195,31 +214,34 @@ class _Reader:
             raise NoAttention("a number is added under the soft cap")
         if found.softcap is not None or found.by is not None:
             raise NoAttention("a bias is added under the soft cap, or before the scores are scaled head by head")
-        kept = self._multiplied(a, b, factor * sign * float(alpha))
-        if kept is not None:
-            found.added.append(Added(b, factor * sign * float(alpha), found.lead is not None))
-            return kept
+        inner = found.lead is not None
+        second = Added(b, factor * sign * float(alpha), inner)
+        chosen = self._multiplied(a, second)
+        if chosen is not None:
+            found.masks.append(chosen[1])
+            return chosen[0]
         if self._leads(a, _DEPTH):
-            found.added.append(Added(b, factor * sign * float(alpha), found.lead is not None))
+            found.masks.append(second)
             return a
         if self._leads(b, _DEPTH) and sign == 1.0 and alpha == 1:
-            found.added.append(Added(a, factor, found.lead is not None))
+            found.masks.append(Added(a, factor, inner))
             return b
         raise NoAttention("its scores are a sum without a product of queries and keys")
 
-    def _multiplied(self, a: fx.Node, b: fx.Node, factor: float) -> fx.Node | None:
-        """``scores * mask + lowest * (1 - mask)``, where the mask is 0 or 1: the scores; None if it is not that."""
+    def _multiplied(self, a: fx.Node, added: Added) -> tuple[fx.Node, Hidden] | None:
+        """``scores * mask + lowest * (1 - mask)``, where the mask is 0 or 1: the scores, and what is hidden."""
         if not is_op(a, aten.mul) or not all(isinstance(x, fx.Node) for x in a.args):
             return None
         scores, mask = a.args
         if not isinstance(scores, fx.Node) or not isinstance(mask, fx.Node) or not self._leads(scores, _DEPTH):
             return None
         rank = a.meta["val"].dim()
-        keep, add = (self.functions.at(x, _aligned(x, rank)) for x in (mask, b))
+        keep, add = (self.functions.at(x, _aligned(x, rank)) for x in (mask, added.tensor))
         keep, add = (sympy.piecewise_fold(number(x)) for x in (keep, add))
         seen, hidden = (_where(keep, add, value) for value in (1, 0))
-        hides = hidden is not None and hidden.is_number and hidden * factor <= HIDES
-        return scores if seen == 0 and hides else None
+        if seen != 0 or hidden is None or not hidden.is_number or hidden * added.factor > HIDES:
+            return None
+        return scores, Hidden(mask, True, float(hidden * added.factor), added.inner, added)
 
     def _leads(self, node: fx.Node, depth: int) -> bool:
         """Whether a chain of what stands between product and softmax leads from here to a product."""
@@ -246,11 +268,11 @@ class _Reader:
     ) -> fx.Node:
         if fill is None or not isinstance(scores, fx.Node):
             raise NoAttention("its scores are chosen from two tensors")
-        if fill > HIDES or factor <= 0:
-            raise NoAttention(f"masked scores become {fill:g}, which does not hide them")
-        if found.softcap is not None:
-            raise NoAttention("a mask stands under the soft cap")
-        found.hidden.append(Hidden(condition, visible, fill, found.lead is not None))
+        if factor <= 0 or fill * factor > HIDES:
+            raise NoAttention(f"masked scores become {fill * factor:g}, which does not hide them")
+        if found.softcap is not None or found.by is not None:
+            raise NoAttention("a mask stands under the soft cap, or before the scores are scaled head by head")
+        found.masks.append(Hidden(condition, visible, fill * factor, found.lead is not None))
         return scores
 
     def _regrouped(self, found: Scores, node: fx.Node) -> fx.Node:
@@ -258,19 +280,21 @@ class _Reader:
         before, after = source.meta["val"].shape, node.meta["val"].shape
         if tuple(map(str, before[-2:])) != tuple(map(str, after[-2:])):
             raise NoAttention("its scores are reshaped across queries and keys")
-        if any(mask.inner for mask in (*found.added, *found.hidden)):
+        if any(mask.inner for mask in found.masks):
             raise NoAttention("its scores are reshaped twice, with masks between")
-        if not found.added and not found.hidden and found.lead is None and found.back is None:
+        if not found.masks and found.lead is None and found.back is None:
             found.back = list(node.args[1])  # type: ignore[arg-type]
             return source  # a softmax does not see the leading axes: as if reshaped after it
         if found.lead is None:
             found.lead = list(node.args[1])  # type: ignore[arg-type]
         return source
 
-    def _without_sinks(self, node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
-        """Scores with one more column for each head; the greatest score may have been subtracted from all."""
-        if is_op(node, aten.sub) and _greatest_of(node.args[1]) is node.args[0]:
-            node = node.args[0]  # type: ignore[assignment]
+    def _without_sinks(self, node: Any) -> tuple[fx.Node, fx.Node | None]:
+        """Scores without one more column for each head; the greatest score may have been subtracted from all."""
+        if is_op(node, aten.sub.Tensor) and greatest_of(node.args[1]) is node.args[0]:
+            node = node.args[0]
+            if len(node.users) == 2:
+                self.bounded.add(node)
         if not is_op(node, aten.cat):
             return node, None
         parts: Any = node.args[0]
@@ -309,79 +333,7 @@ def _where(keep: Any, add: Any, value: int) -> Any:
     return added[0] if (added[1] == kept[1]) == bool(value) else added[2]
 
 
-def _greatest_of(node: Any) -> Any:
-    """The scores of which a value is the greatest one, or None."""
-    if isinstance(node, fx.Node) and node.target is operator.getitem and node.args[1] == 0:
-        node = node.args[0]
-    return node.args[0] if is_op(node, aten.amax, aten.max) else None
-
-
-def _up(
-    softmax: fx.Node, sinks: bool, number: Callable[[Any], float | None]
-) -> tuple[fx.Node, fx.Node, list[Any] | None]:
-    """From the softmax to the product with the values."""
-    node, back = softmax, None
-    for _ in range(_DEPTH):
-        users = _without_guard(node)
-        if len(users) != 1:
-            raise NoAttention(f"its weights have {len(users)} users: " + ", ".join(sorted({_name(u) for u in users})))
-        user = users[0]
-        args: Any = user.args
-        if is_op(user, aten.matmul):
-            if args[0] is not node or not isinstance(args[1], fx.Node):
-                raise NoAttention("its weights are the second factor of a product")
-            if args[1].meta["val"].dim() < 3:
-                raise NoAttention("its weights are multiplied by a weight")
-            return user, args[1], back
-        if is_op(user, aten._to_copy) and user.meta["val"].dtype.is_floating_point:
-            node = user
-        elif is_op(user, aten.where) and args[2] is node and number(args[1]) == 0:
-            node = user  # rows without any key become zero: so does the operator
-        elif is_op(user, aten.reshape) and back is None:
-            before, after = node.meta["val"].shape, user.meta["val"].shape
-            if tuple(map(str, before[-2:])) != tuple(map(str, after[-2:])):
-                raise NoAttention("its weights are reshaped across queries and keys")
-            node, back = user, list(args[1])
-        elif is_op(user, aten.slice) and sinks and _drops_last(user):
-            node, sinks = user, False
-        else:
-            raise NoAttention(f"its weights go to {_name(user)}, not to a product with values")
-    raise NoAttention("its weights do not go to a product with values")
-
-
-def _without_guard(node: fx.Node) -> list[fx.Node]:
-    """The users of weights, without the tests for rows that have no key, when they guard these very weights."""
-    users = list(node.users)
-    tests = [u for u in users if is_op(u, aten.isnan, aten.ne) and all(is_op(v, aten.where) for v in u.users)]
-    guards = [u for u in users if is_op(u, aten.where) and u.args[2] is node]
-    if len(guards) == 1 and _guards(guards[0], node):
-        return [u for u in users if u not in tests]
-    return users
-
-
-def _guards(where: fx.Node, weights: fx.Node) -> bool:
-    """``where(no key at all, 0, weights)``: the condition is on the weights themselves or on their scores."""
-    condition: Any = where.args[0]
-    source: Any = condition
-    while is_op(source, aten.isnan, aten.eq, aten.ne, aten.all, aten.logical_not, aten.amax):
-        source = source.args[0]
-    softmax: Any = weights
-    while not is_op(softmax, *SOFTMAX):
-        softmax = softmax.args[0]
-    return source in (weights, softmax, softmax.args[0])
-
-
-def _drops_last(node: fx.Node) -> bool:
-    before, after = node.args[0].meta["val"].shape, node.meta["val"].shape  # type: ignore[union-attr]
-    return str(before[-1] - 1) == str(after[-1]) and (node.args[2] if len(node.args) > 2 else 0) in (0, None)
-
-
-def _name(node: fx.Node) -> str:
-    if node.op != "call_function":
-        return {"get_attr": "a weight", "placeholder": "an input", "output": "an output"}.get(node.op, node.op)
-    return str(node.target).removesuffix(".default")
-
-
-def is_default_scale(scale: float, head_dim: Any) -> bool:
-    """Whether a scale is what attention takes when none is given, 1/sqrt(head_dim)."""
-    return isinstance(head_dim, int) and math.isclose(scale, 1 / math.sqrt(head_dim), rel_tol=1e-6)
+def is_default_scale(scale: float, head_dim: Any, dtype: torch.dtype) -> bool:
+    """Whether a scale is what attention takes when none is given, 1/sqrt(head_dim), as far as the type can tell."""
+    rounding = min(ROUNDING.get(dtype, 0.0), 1e-6)
+    return isinstance(head_dim, int) and math.isclose(scale, 1 / math.sqrt(head_dim), rel_tol=rounding)
