@@ -15,7 +15,8 @@ is ``aten.scaled_dot_product_attention``.
 
 A score that a mask fills with -10000 or less counts as hidden. If masks hide *every* key of a query, the query gets
 what it got before: the mean of the values where the masks were finite. Where they were minus infinity it gets zero, as
-a guard makes it; without a guard it got not-a-number.
+a guard makes it; without a guard it got not-a-number. In float16, whose lowest number is -65504, such a query gets what
+its scores say, if the operator adds in float32.
 """
 
 from __future__ import annotations

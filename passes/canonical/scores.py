@@ -120,6 +120,7 @@ class _Reader:
         self.program = program
         self.functions = functions
         self.bounded: set[fx.Node] = set()  # scores whose greatest one was subtracted from them
+        self.shared = False  # whether something else reads the scores
 
     def number(self, value: Any) -> float | None:
         return scalar_of(self.program, value)
@@ -128,6 +129,7 @@ class _Reader:
         """From the softmax's operand to the product."""
         node, sinks = self._without_sinks(softmax.args[0])
         found = Scores(node, node, node, node, sinks=sinks)
+        self.shared = is_op(node, aten.matmul) and len(node.users) != 1 and node not in self.bounded
         factor = 1.0
         for _ in range(_DEPTH):
             if is_op(node, aten.matmul):
@@ -136,8 +138,7 @@ class _Reader:
             if not is_op(node, aten.reshape) and not same_shape(node.meta["val"], below.meta["val"]):
                 raise NoAttention("its scores are broadcast on their way to the softmax")
             node = below
-            if len(node.users) != 1 and node not in self.bounded:
-                raise NoAttention("its scores are used elsewhere too")
+            self.shared = self.shared or (len(node.users) != 1 and node not in self.bounded)
         raise NoAttention("its scores do not come from a product of queries and keys")
 
     def _below(self, found: Scores, node: fx.Node, factor: float) -> tuple[fx.Node, float]:
@@ -187,7 +188,7 @@ class _Reader:
                 raise NoAttention("its scores are a product by a weight")
         if factor <= 0:
             raise NoAttention("its scores have a negative scale")
-        if len(node.users) != 1 and node not in self.bounded:
+        if self.shared:
             raise NoAttention("its scores are used elsewhere too")
         found.query, found.key_t = query, key_t  # type: ignore[assignment]
         # cap * tanh(g * product) is cap * tanh(g * cap * product / cap).
