@@ -46,7 +46,7 @@ class RaiseAll(Pass):
         """Run the parts in turn, each on a canonical graph."""
         stats = Stats()
         tidy = Canonicalize()
-        stats.hits += tidy.run(program, ctx).hits
+        stats.hits = stats.attempts = tidy.run(program, ctx).hits  # what it finds, it rewrites
         for part in (make() for make in _PARTS):
             done = part.run(program, ctx)
             stats.hits += done.hits
