@@ -13,6 +13,10 @@ from ..passes.pipeline import Pipeline
 from ..passes.report import Report, Row
 
 
+PLACES = 8
+"""How many places are listed for each reason."""
+
+
 @dataclass(frozen=True)
 class Question:
     """A question about a pass.
@@ -67,11 +71,20 @@ def answer(question: Question, report: Report, before: Program, after: Program) 
         if question.place is None:
             head = "" if prefix else f": {row.hits} of {row.attempts} places rewritten"
             lines.append(f"{prefix.removesuffix(': ') or row.text}{head}")
-            lines += [f"  {count} x {reason}" for reason, count in sorted(misses.items(), key=lambda i: -i[1])]
+            for reason, count in sorted(misses.items(), key=lambda item: -item[1]):
+                lines.append(f"  {count} x {reason}")
+                lines += _places([name for name, why in missed.items() if why == reason], before, after)
             lines += [] if misses else ["  nothing that it considered was left"]
         else:
             lines += _about(question, missed, before, after)
     return lines or [f"'{question.name}' did not run"]
+
+
+def _places(names: list[str], before: Program, after: Program) -> list[str]:
+    """The first places that were left for one reason, as they were called in the given model or are called now."""
+    nodes = _nodes(before) | _nodes(after)
+    shown = [f"      {_described(name, nodes)}" for name in names[:PLACES]]
+    return [*shown, f"      and {len(names) - PLACES} more"] if len(names) > PLACES else shown
 
 
 def _prefix(question: Question, row: Row) -> str | None:

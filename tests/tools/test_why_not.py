@@ -9,9 +9,11 @@ from torch import Tensor, nn
 import graphlathe
 from graphlathe.ir.errors import InputError, PipelineError
 from graphlathe.ir.program import Program
+from graphlathe.passes.base import Effect
 from graphlathe.passes.optimize import Optimized
 from graphlathe.passes.pipeline import parse_pipeline
-from graphlathe.tools.why_not import answer, parse_question
+from graphlathe.passes.report import Report, Row
+from graphlathe.tools.why_not import PLACES, Question, answer, parse_question
 
 
 class Attention(nn.Module):
@@ -47,9 +49,18 @@ def ask(text: str, passes: str = "canonicalize,raise-attention") -> list[str]:
 
 
 def test_all_places_of_a_pass_with_counts() -> None:
-    head, reason = ask("raise-attention")
+    head, reason, place = ask("raise-attention")
     assert head == "raise-attention: 1 of 2 places rewritten"
     assert reason.startswith("  1 x its weights have 2 users")
+    assert place == "      %softmax (aten.softmax.int, from watched)"
+
+
+def test_of_many_places_the_first_are_listed() -> None:
+    names = [f"softmax_{i}" for i in range(PLACES + 2)]
+    row = Row(1, "raise-attention", Effect.EXACT, missed=dict.fromkeys(names, "no"), misses={"no": len(names)})
+    before, _ = run("raise-attention")
+    lines = answer(Question("raise-attention"), Report("raise-attention", [row]), before, before)
+    assert lines[1:] == ["  10 x no", *(f"      %{name}" for name in names[:PLACES]), "      and 2 more"]
 
 
 @pytest.mark.parametrize("passes", ["canonicalize,raise-attention", "raise"], ids=["the pass", "a part of a pass"])
