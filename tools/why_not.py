@@ -12,7 +12,6 @@ from ..ir.program import MADE_BY, ORIGIN, Program
 from ..passes.pipeline import Pipeline
 from ..passes.report import Report, Row
 
-
 PLACES = 8
 """How many places are listed for each reason."""
 

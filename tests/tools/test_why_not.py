@@ -56,7 +56,7 @@ def test_all_places_of_a_pass_with_counts() -> None:
 
 
 def test_of_many_places_the_first_are_listed() -> None:
-    names = [f"softmax_{i}" for i in range(PLACES + 2)]
+    names = [f"place_{i}" for i in range(PLACES + 2)]
     row = Row(1, "raise-attention", Effect.EXACT, missed=dict.fromkeys(names, "no"), misses={"no": len(names)})
     before, _ = run("raise-attention")
     lines = answer(Question("raise-attention"), Report("raise-attention", [row]), before, before)
