@@ -8,7 +8,7 @@ on the contents.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy
@@ -39,6 +39,7 @@ class Mask:
             query and key), 'positions' (another function of positions and weights), or 'content'.
         everything: it hides nothing and adds nothing.
         other: conditions that are none of these, as text.
+        hides_by: the number that is added where keys are hidden, if it is known and nothing else is added.
     """
 
     causal: bool = False
@@ -50,6 +51,7 @@ class Mask:
     bias: str = ""
     everything: bool = False
     other: tuple[str, ...] = ()
+    hides_by: float | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
         words = ["causal"] if self.causal else []
@@ -108,9 +110,10 @@ class _Reader:
             value = sympy.piecewise_fold(sympy.expand(sympy.sympify(factor) * value))
         if value == 0:
             return Mask(everything=True)
-        condition = _hiding(value)
-        if condition is not None:
-            return self.seen(condition)
+        hiding = _hiding(value)
+        if hiding is not None:
+            condition, by = hiding
+            return replace(self.seen(condition), hides_by=by)
         parted = _hiding_bias(value)
         if parted is not None:
             seen = self.seen(parted[0])
@@ -240,23 +243,23 @@ def _sides(comparison: Any) -> tuple[Any, Any]:
     return comparison.lhs, comparison.rhs
 
 
-def _hiding(value: Any) -> Any | None:
-    """The condition under which nothing is added, if otherwise a number that hides is."""
+def _hiding(value: Any) -> tuple[Any, float] | None:
+    """The condition under which nothing is added, and the number that hides which is added otherwise."""
     if is_condition(value):
         return None
     if (choice := choice_of(value)) is not None:
         yes, condition, no = choice
         if no.is_number and yes.is_zero and no <= HIDES:
-            return condition
+            return condition, float(no)
         if yes.is_number and no.is_zero and yes <= HIDES:
-            return sympy.Not(condition)
+            return sympy.Not(condition), float(yes)
     # (1 - mask) * lowest, where the mask is a number that an input gave.
     unknown = value.atoms(AppliedUndef)
     if len(unknown) == 1:
         (mask,) = unknown
         lowest: Any = value.xreplace({mask: sympy.Integer(0)})
         if lowest.is_number and lowest <= HIDES and value.xreplace({mask: sympy.Integer(1)}) == 0:
-            return sympy.Ne(mask, 0)
+            return sympy.Ne(mask, 0), float(lowest)
     return None
 
 
@@ -304,4 +307,5 @@ def _join(a: Mask, b: Mask) -> Mask:
         padding=a.padding or b.padding,
         bias=a.bias or b.bias,
         other=(*a.other, *b.other),
+        hides_by=None if a.hides_by is None or b.hides_by is None else max(a.hides_by, b.hides_by),
     )

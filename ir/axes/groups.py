@@ -183,6 +183,9 @@ class _Finder:
         if not free.any():
             self.blocked.append((set(weights), self._blocked(closure, weights)))
             return
+        stuck = [axis for axis in weights if not free[closure.classes(axis)].any()]
+        if stuck:  # parts of a dimension that was put together from what can be cut and what cannot
+            self.blocked.append((set(stuck), self._blocked(closure, stuck)))
         random = np.random.default_rng(0)
         signature = np.zeros(count, dtype=np.uint64)
         for axis in sorted(closure.start):
@@ -243,7 +246,9 @@ class _Finder:
         return Member(str(place[0].target), place[1], order.reshape(int(label.max()) + 1, -1), reads)
 
     def _blocked(self, closure: Closure, weights: list[int]) -> ChannelGroup:
-        reasons = Counter(f"{reason} (%{node.name})" for _, reason, node in closure.blame)
+        own = np.unique(np.concatenate([closure.classes(axis) for axis in weights]))
+        blame = [(reason, node) for at, reason, node in closure.blame if np.isin(closure.labels[at], own).any()]
+        reasons = Counter(f"{reason} (%{node.name})" for reason, node in blame)
         members = []
         for axis in weights:
             members.append(self._member(axis, np.arange(self.space.size[axis]), reads=False))

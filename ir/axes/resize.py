@@ -140,7 +140,8 @@ def _repeat(c: Resize, node: fx.Node) -> Call:
     shift = len(c.shapes[node]) - len(given)
     for place in range(len(given)):
         dim = place + shift
-        if c.mask(node, dim) is not None:
+        # How often a symbolic dimension is repeated does not change, only what is.
+        if c.mask(node, dim) is not None and isinstance(expr_of(c.shapes[node][dim]), int):
             before = c.size(args["self"], dim - offset) if dim >= offset else 1
             given[place] = c.size(node, dim) // before
     return _with(node, **{key: given})

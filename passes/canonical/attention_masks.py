@@ -24,6 +24,9 @@ aten = torch.ops.aten
 
 Needed = list[Added | Hidden | Floor]
 
+FAR_LOWER = LOWEST * 1e6
+"""Next to this, `LOWEST` is nothing."""
+
 
 def needed_masks(functions: IndexFunctions, found: Scores, causal: bool) -> tuple[Needed, bool]:
     """Masks without those that do nothing, and whether all that they say is 'causal'.
@@ -70,9 +73,12 @@ def _check(kept: list[tuple[Added | Hidden | Floor, Mask | None]], dtype: torch.
     fills = [(i, m.fill) for i, (m, _) in enumerate(kept) if isinstance(m, Hidden) and m.fill != -math.inf]
     if len({fill for _, fill in fills}) > 1:
         raise NoAttention("its masks hide keys by different numbers")
-    # A number that hides may be so low that what is added to it is lost; if it is not, nothing may be added.
-    found = any(i < fills[-1][0] or (does is not None and _hides(does)) for i, _, does in added) if fills else False
-    if found and fills[0][1] > max(LOWEST, torch.finfo(dtype).min):
+    # A number that hides may be so low that what is added to it is lost; if it is not, nothing may be added but numbers
+    # that are far lower still: a query whose seen keys are all hidden by those has the others left, and so it keeps.
+    meets = [does for i, _, does in added if i < fills[-1][0] or (does is not None and _hides(does))] if fills else []
+    if not meets or fills[0][1] <= max(LOWEST, torch.finfo(dtype).min):
+        return
+    if torch.finfo(dtype).min > FAR_LOWER or not all(d and d.hides_by and d.hides_by <= FAR_LOWER for d in meets):
         raise NoAttention(f"something is added to masked scores, which are {fills[0][1]:g}")
 
 
@@ -116,7 +122,9 @@ class MaskBuilder:
             term = self._term(step)
             return term if mask is None else self._call(aten.add.Tensor, mask, term)
         condition = self._condition(step)
-        fill = step.fill if step.fill == -math.inf else lowest
+        fill = step.fill
+        if fill != -math.inf:  # all that absorb a score do the same alone, but keep those that are far lower apart
+            fill = LOWEST if fill > LOWEST > FAR_LOWER >= lowest else lowest
         if mask is None:
             mask = self._call(aten.full.default, [], 0, dtype=self.dtype)
         if step.visible:

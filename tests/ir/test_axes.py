@@ -355,6 +355,19 @@ CASES: dict[str, Case] = {
     "rows put back by number": Case(
         lambda: Lambda(put_back, a=linear(16, 12), b=linear(12, 4)), TEXT, {("channel", 12): 1}
     ),
+    "heads repeated for every batch": Case(
+        lambda: Lambda(
+            lambda m, x: m.o(
+                torch.bmm(
+                    m.k(m.table).view(5, 4, 4).transpose(0, 1).repeat(x.shape[0], 1, 1),
+                    m.v(x).view(-1, 5, 4, 4).transpose(1, 2).reshape(-1, 5, 4).transpose(1, 2),
+                ).view(-1, 4, 5, 5).sum(-1).transpose(1, 2)
+            ),
+            k=linear(16, 16), v=linear(16, 16), o=linear(4, 4), table=noise(5, 16),
+        ),
+        TEXT,
+        {("channel", 4): 2, ("channel", 16): 1},
+    ),
     "mixture of experts": Case(
         lambda: Lambda(
             lambda m, x: m.o(
@@ -424,6 +437,22 @@ def test_what_is_blocked_says_why(name: str) -> None:
     assert any(words in group.reason for group in rows)
     with pytest.raises(PreconditionError, match="cannot be cut"):
         cut(program, rows[0], [0])
+
+
+def test_weights_that_are_joined_with_what_can_be_cut_say_why_not() -> None:
+    """As in latent attention: rotary channels beside others in one dimension."""
+    module = Lambda(
+        lambda m, x: m.o(torch.cat((m.a(x), torch.softmax(m.b(x), -1)), -1)),
+        a=linear(16, 8),
+        b=linear(16, 4),
+        o=linear(12, 4),
+    )
+    program, feeds = program_of(module, TEXT)
+    (group,) = [g for g in find_groups(program) if g.prunable]
+    assert group.size == 8
+    check_cut(program, group, feeds, half(group))
+    (blocked,) = [g for g in find_groups(program) if "softmax is taken over it" in g.reason]
+    assert {(m.weight, m.dim) for m in blocked.members} == {("b.weight", 0), ("b.bias", 0)}
 
 
 @pytest.mark.parametrize("keep", [[], [0, 0], [12], [-1]])

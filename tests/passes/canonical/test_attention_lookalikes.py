@@ -125,6 +125,10 @@ REFUSED: dict[str, tuple[Spelling, str]] = {
         lambda q, k, v: scores(q, k).masked_fill(~SEEN, -1e9).masked_fill(~CAUSAL, -1e4).softmax(-1) @ v,
         "by different numbers",
     ),
+    "a hardly lower number added to a fill": (
+        lambda q, k, v: (scores(q, k).masked_fill(~CAUSAL, -1e4) + torch.where(SEEN, 0.0, -1e9)).softmax(-1) @ v,
+        "added to masked scores",
+    ),
     "bias on masked scores": (
         lambda q, k, v: (scores(q, k).masked_fill(~(SEEN & CAUSAL), -1e4) + BIAS).softmax(-1) @ v,
         "added to masked scores",
@@ -152,6 +156,9 @@ RAISED: dict[str, Spelling] = {
     ),
     "fill on an added mask": lambda q, k, v: (scores(q, k) + added(SEEN)).masked_fill(~CAUSAL, LOWEST).softmax(-1) @ v,
     "added mask on a fill": lambda q, k, v: (scores(q, k).masked_fill(~CAUSAL, LOWEST) + added(SEEN)).softmax(-1) @ v,
+    "fill of -1e4 on an added mask": lambda q, k, v: (
+        (scores(q, k) + added(SEEN)).masked_fill(~CAUSAL, -1e4).softmax(-1) @ v
+    ),
     "infinite fill on a finite one": lambda q, k, v: (
         scores(q, k).masked_fill(~SEEN, -1e9).masked_fill(~CAUSAL, -math.inf).softmax(-1) @ v
     ),
@@ -219,6 +226,20 @@ def test_a_mask_that_multiplies_hides_rows_as_before() -> None:
     module = Spelled(multiplied, {})
     program = trace(module, (Q, K, V), dynamic={f"inputs_{i}": {2: "S"} for i in range(3)})
     Canonicalize().run(program, Context())
+    assert RaiseAttention().run(program, Context()).hits == 1
+    torch.testing.assert_close(program(Q, K, V), module(Q, K, V), rtol=1e-12, atol=1e-14)
+
+
+def test_an_added_mask_on_scores_times_a_mask() -> None:
+    """As OpenAI's GPT does it: the first queries have only later keys left, all of them at -10000."""
+
+    def multiplied(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        places = torch.arange(q.shape[2])
+        keep = (places[:, None] >= places).double()
+        return (scores(q, k) * keep + -1e4 * (1 - keep) + added(SEEN)[..., : q.shape[2]]).softmax(-1) @ v
+
+    module = Spelled(multiplied, {})
+    program = trace(module, (Q, K, V))
     assert RaiseAttention().run(program, Context()).hits == 1
     torch.testing.assert_close(program(Q, K, V), module(Q, K, V), rtol=1e-12, atol=1e-14)
 
