@@ -247,8 +247,8 @@ class _Finder:
 
     def _blocked(self, closure: Closure, weights: list[int]) -> ChannelGroup:
         own = np.unique(np.concatenate([closure.classes(axis) for axis in weights]))
-        blame = [(reason, node) for at, reason, node in closure.blame if np.isin(closure.labels[at], own).any()]
-        reasons = Counter(f"{reason} (%{node.name})" for reason, node in blame)
+        blame = [b for b in closure.blame if np.isin(closure.labels[b[0]], own).any()] or closure.blame
+        reasons = Counter(f"{reason} (%{node.name})" for _, reason, node in blame)
         members = []
         for axis in weights:
             members.append(self._member(axis, np.arange(self.space.size[axis]), reads=False))
