@@ -60,15 +60,37 @@ def parse_program(text: str, weights: Mapping[str, Weight] | None = None) -> Pro
     return _Builder(text, weights).program()
 
 
+def parse_again(text: str, known: Inference) -> Program:
+    """`parse_program` for the text of a program that is at hand: what was inferred for it is not inferred anew.
+
+    Args:
+        text: what `print_program` wrote of the program.
+        known: an inference over the nodes of the program, whose weights and symbols are used.
+
+    Returns:
+        A program of its own graphs. It shares the symbols, unless the text has data-dependent sizes: reading them back
+        states facts about their symbols, which those of the other program must not learn.
+
+    Raises:
+        ImportModelError: as `parse_program` does.
+    """
+    return _Builder(text, known.program.weights, known).program()
+
+
 class _Builder:
     """Builds one program; nested graphs are built when their first user is reached."""
 
-    def __init__(self, text: str, store: Mapping[str, Weight] | None) -> None:
+    def __init__(self, text: str, store: Mapping[str, Weight] | None, known: Inference | None = None) -> None:
         self.document = parse_document(text)
         self.store = store
-        self.env = ShapeEnv()
-        self.built = Program({}, {}, fake_mode=FakeTensorMode(shape_env=self.env, allow_non_fake_inputs=True))
-        self.inference = Inference(self.built)
+        env = known.program.fake_mode.shape_env if known is not None else None
+        if env is None or any(d.hint is None for s in self.document.sections for d in s.dims):
+            known, env = None, ShapeEnv()
+        self.env: ShapeEnv = env
+        fresh = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
+        self.built = Program({}, {}, fake_mode=known.program.fake_mode if known is not None else fresh)
+        self.inference = Inference(self.built, known=known)
+        self.shared = known.program.entries if known is not None else {}
         self.nested = {s.name: s for s in self.document.sections if s.kind == "graph"}
         self.symbols: dict[tuple[str, int, int | None, int | None], sympy.Symbol] = {}
         self.unbacked: dict[sympy.Symbol, str] = {}
@@ -146,6 +168,7 @@ class _Scope:
 
     def __init__(self, builder: _Builder, section: Section) -> None:
         self.builder = builder
+        self.section = section.name
         self.env = builder.env
         self.dims: dict[str, Dim] = {}
         self.names: dict[str, sympy.Basic] = {}
@@ -167,6 +190,10 @@ class _Scope:
             line.place.fail(f"the size {hint} is outside the range of '{name}'")
         key = (name, hint, low, high)
         symbol = self.builder.symbols.get(key)
+        if symbol is None and self.section in self.builder.shared:
+            known = self.builder.shared[self.section].dims.by_name.get(name)
+            if known is not None and (known.name, known.hint, known.min, known.max) == key:
+                symbol = known.symbol
         if symbol is None:
             from torch._dynamo.source import ConstantSource
 
@@ -177,7 +204,7 @@ class _Scope:
             assert isinstance(symbol, sympy.Symbol)
             if low > 2 or (high is not None and high >= 2):
                 env.constrain_symbol_range(symbol, max(low, 2), int_oo if high is None else high)
-            self.builder.symbols[key] = symbol
+        self.builder.symbols[key] = symbol
         self.dims[name] = Dim(name, symbol, hint, low, high)
         self.names[name] = symbol
 

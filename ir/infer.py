@@ -83,16 +83,18 @@ class Inference:
         program: whose fake mode and nested graphs are used.
         share: whether equal results may be one object. Nodes of a graph must not share one: a fake tensor remembers
             the data-dependent sizes that were read from it.
+        known: an inference over another program of the same fake mode and nested graphs, whose memory this one starts
+            with.
 
     Attributes:
         runs: how often an operator was really run.
     """
 
-    def __init__(self, program: Program, *, share: bool = False) -> None:
+    def __init__(self, program: Program, *, share: bool = False, known: Inference | None = None) -> None:
         self.program = program
         self.share = share
         self.runs = 0
-        self._known: dict[Any, Any] = {}
+        self._known: dict[Any, Any] = dict(known._known) if known is not None else {}
         self._types: dict[int, tuple[Any, Any]] = {}  # by id of a value, which is kept alive beside its key
 
     def value(self, node: fx.Node) -> Any:

@@ -88,6 +88,17 @@ class _ExprPrinter(SizePrinter):
     def __init__(self, name_of: Callable[[sympy.Symbol], str]) -> None:
         super().__init__()
         self._name_of = name_of
+        self._printed: dict[Any, str] = {}
+
+    def _print(self, expr: Any, **kwargs: Any) -> str:
+        # Operands are sorted by their text first, so without a memory each would be printed anew for all that hold it.
+        if kwargs:
+            return super()._print(expr, **kwargs)
+        key = (type(expr), expr)
+        text = self._printed.get(key)
+        if text is None:
+            text = self._printed[key] = super()._print(expr)
+        return text
 
     def _print_Symbol(self, expr: sympy.Symbol) -> str:
         return self._name_of(expr)

@@ -66,8 +66,7 @@ def verify(
     if level >= 1:
         _Structure(program, pass_name).check()
     if level >= 2:
-        _check_types(program, pass_name)
-        _check_text(program, pass_name)
+        _check_text(_check_types(program, pass_name), pass_name)
     if level >= 3:
         if reference is None or not feeds:
             raise VerifyError(
@@ -306,8 +305,8 @@ def describe(value: Any) -> str:
         return type(value).__name__
 
 
-def _check_types(program: Program, pass_name: str | None) -> None:
-    """Level 2: infer every value anew and compare its type."""
+def _check_types(program: Program, pass_name: str | None) -> Inference:
+    """Level 2: infer every value anew and compare its type. Returns what was inferred."""
     env = program.fake_mode.shape_env
     inference = Inference(program, share=True)
     names = {d.symbol: d.name for e in program.entries.values() for d in e.dims.by_name.values()}
@@ -335,6 +334,7 @@ def _check_types(program: Program, pass_name: str | None) -> None:
                         expected=f"{printer.type(inferred)}, as {node.target} gives",
                         remedy="create and change nodes by Rewriter, which infers types",
                     )
+    return inference
 
 
 @contextmanager
@@ -346,13 +346,16 @@ def _undisturbed(env: Any) -> Generator[None]:
         yield
 
 
-def _check_text(program: Program, pass_name: str | None) -> None:
+def _check_text(inference: Inference, pass_name: str | None) -> None:
     """Level 2: the text form reads back to the same text."""
-    from .text import parse_program, print_program
+    from .from_text import parse_again
+    from .text import print_program
 
+    program = inference.program
     try:
         text = print_program(program)
-        again = print_program(parse_program(text, program.weights))
+        with _undisturbed(program.fake_mode.shape_env):
+            again = print_program(parse_again(text, inference))
     except GraphlatheError as error:
         raise VerifyError(f"the text form does not read back: {error}", pass_name=pass_name) from error
     if again != text:

@@ -14,7 +14,9 @@ from torch._higher_order_ops.scan import scan
 from torch._higher_order_ops.while_loop import while_loop
 
 from graphlathe.ir.errors import GraphlatheError, ImportModelError
+from graphlathe.ir.from_text import parse_again
 from graphlathe.ir.from_torch import trace
+from graphlathe.ir.infer import Inference
 from graphlathe.ir.program import Program
 from graphlathe.ir.rewrite import Rewriter
 from graphlathe.ir.text import parse_program, print_program
@@ -22,6 +24,7 @@ from graphlathe.ir.verify import compare, verify
 from graphlathe.ir.weights import Weight
 from graphlathe.passes.base import Context
 from graphlathe.passes.canonical.cse import CommonSubexpressions
+from graphlathe.passes.canonical.raise_all import RaiseAll
 from graphlathe.tools import zoo
 from tests.counting import assert_linear, calls
 from tests.strategies import feeds_of, programs
@@ -47,6 +50,33 @@ def test_zoo_round_trip(name: str) -> None:
     again = parse_program(text, program.weights)
     assert print_program(again, origins=True) == text
     assert_equal_programs(program, again, dict(model.inputs(sizes)))
+
+
+@over_zoo(quick=("llama", "mixtral"))
+def test_zoo_round_trip_when_raised(name: str) -> None:
+    """A result of passes reads back where nothing is known of it (`verify` reads it where its sizes are known)."""
+    program = traced(name).clone()
+    RaiseAll().run(program, Context())
+    text = print_program(program)
+    assert print_program(parse_program(text, program.weights)) == text
+
+
+def test_reading_again_infers_nothing_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what is known of a program, its text is read to the same text, and no operator is run."""
+    program = traced("llama")
+    known = Inference(program, share=True)
+    for node in program.graph.nodes:
+        if node.op == "call_function":
+            known.value(node)
+    text = print_program(program)
+
+    def refuse(program: Program, node: fx.Node) -> Any:
+        raise AssertionError(f"{node.target} is inferred anew")
+
+    monkeypatch.setattr("graphlathe.ir.infer.infer", refuse)
+    again = parse_again(text, known)
+    assert print_program(again) == text
+    assert again.main.dims.by_name == program.main.dims.by_name  # with their symbols
 
 
 @given(program=programs())
@@ -88,6 +118,14 @@ class _Scan(nn.Module):
 class _DataDependent(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.nonzero().float() * 2
+
+
+def test_reading_again_keeps_data_dependent_sizes_apart() -> None:
+    """What the text states of a size that depends on data is not told to the program at hand."""
+    program = trace(_DataDependent(), (torch.arange(4.0),))
+    again = parse_again(print_program(program), Inference(program))
+    assert again.fake_mode is not program.fake_mode
+    assert print_program(again) == print_program(program)
 
 
 @pytest.mark.parametrize("model", [_Cond, _While, _Scan, _DataDependent])
