@@ -170,6 +170,10 @@ class Relate:
         if axis is not None:
             self.space.add(Role(self.node, axis, role))
 
+    def pin_of(self, axis: int, reason: str) -> None:
+        """`pin` of an axis that may belong to no value."""
+        self.space.add(Pin(self.node, axis, reason))
+
     def count_of(self, axis: int, reason: str) -> None:
         """`count` of an axis that belongs to no value."""
         self.space.add(Count(self.node, axis, reason))

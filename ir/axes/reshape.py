@@ -149,7 +149,10 @@ def _join(r: Relate, place: tuple[Any, int], parts: list[Digit], axes: dict[Digi
     for digit in inner:
         product *= static_size(digit.size)
     if product != r.space.size[axis]:
-        r.pin(place, f"{r.name} puts it outside a dimension of symbolic size")
+        reason = f"{r.name} puts it outside a dimension of symbolic size"
+        r.pin(place, reason)
+        for factor in {axes[d] for d in parts} - {None}:
+            r.pin_of(factor, reason)
         return
     kept = [f for f in factors if f is not None]
     if kept != [axis]:

@@ -81,13 +81,17 @@ class Resize:
             mask = self.mask(node, dim)
             if mask is None or (isinstance(value, int) and value < 0):
                 new.append(value)
-            elif isinstance(value, int):
-                new.append(int(mask.sum()))
             else:
-                with self.rewriter.before(node):
-                    rest = self.rewriter.call(operator.floordiv, value, len(mask), like=node)
-                    new.append(self.rewriter.call(operator.mul, rest, int(mask.sum()), like=node))
+                new.append(self.scaled(node, value, mask))
         return new
+
+    def scaled(self, node: fx.Node, size: Any, mask: Mask) -> Any:
+        """What is left of a size among the arguments: a number, or a new node where it is a node."""
+        if isinstance(size, int):
+            return int(mask.sum())
+        with self.rewriter.before(node):
+            rest = self.rewriter.call(operator.floordiv, size, len(mask), like=node)
+            return self.rewriter.call(operator.mul, rest, int(mask.sum()), like=node)
 
     def call(self, node: fx.Node) -> Call:
         """The operator and arguments of a node after the cut."""
@@ -140,10 +144,14 @@ def _repeat(c: Resize, node: fx.Node) -> Call:
     shift = len(c.shapes[node]) - len(given)
     for place in range(len(given)):
         dim = place + shift
+        mask = c.mask(node, dim)
+        if mask is None:
+            continue
+        if dim < offset or expr_of(c.shapes[args["self"]][dim - offset]) == 1:
+            given[place] = c.scaled(node, given[place], mask)
+        elif isinstance(expr_of(c.shapes[node][dim]), int):
+            given[place] = c.size(node, dim) // c.size(args["self"], dim - offset)
         # How often a symbolic dimension is repeated does not change, only what is.
-        if c.mask(node, dim) is not None and isinstance(expr_of(c.shapes[node][dim]), int):
-            before = c.size(args["self"], dim - offset) if dim >= offset else 1
-            given[place] = c.size(node, dim) // before
     return _with(node, **{key: given})
 
 

@@ -144,6 +144,8 @@ def _repeat(r: Relate) -> None:
             r.tie((x, d - offset), (y, d))
         elif inner is not None:
             _times(r, (y, d), (x, d - offset), outside=True)
+        elif d >= offset and expr_of(r.shape(x)[d - offset]) != 1:
+            r.pin((y, d), f"{r.name} repeats a dimension of symbolic size")
 
 
 def _times(r: Relate, flat: tuple[fx.Node, int], part: tuple[fx.Node, int], *, outside: bool) -> None:

@@ -368,6 +368,18 @@ CASES: dict[str, Case] = {
         TEXT,
         {("channel", 4): 2, ("channel", 16): 1},
     ),
+    "a mask repeated for every batch and head": Case(
+        lambda: Lambda(
+            lambda m, x: m.o(
+                torch.bmm(
+                    m.mask.repeat(4 * x.shape[0], 1, 1), m.v(x).view(-1, 5, 4, 4).transpose(1, 2).reshape(-1, 5, 4)
+                ).view(-1, 4, 5, 4).transpose(1, 2).flatten(2)
+            ),
+            v=linear(16, 16), o=linear(16, 4), mask=noise(5, 5),
+        ),
+        TEXT,
+        {("channel", 4): 2},  # the heads, and the channels of each
+    ),
     "mixture of experts": Case(
         lambda: Lambda(
             lambda m, x: m.o(
@@ -423,6 +435,14 @@ BLOCKED: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
     "padding": (lambda m, x: m.c(functional.pad(m.a(x), (0, 2))), "adds to it"),
     "an operator without a rule": (lambda m, x: m.b(torch.fft.fft(m.a(x)).real), "no rule"),
     "rows of an output": (lambda m, x: m.b(m.a(x).transpose(1, 2) @ x[..., :12]), "a dimension of an output"),
+    "rows of other rows": (
+        lambda m, x: m.b(m.a(x)[:, 0] + x[:, 0, :12].reshape(-1).view(12, -1).t()),
+        "outside a dimension of symbolic size",
+    ),
+    "the batch repeated": (
+        lambda m, x: m.b(m.a(x)[:, 0] * x[:, 0, 0].repeat(12).view(-1, 12)),
+        "repeats a dimension of symbolic size",
+    ),
     "one channel picked": (lambda m, x: m.b(m.a(x) * m.a(x).select(-1, 3)[..., None]), "by number"),
 }
 
