@@ -151,8 +151,9 @@ def _join(r: Relate, place: tuple[Any, int], parts: list[Digit], axes: dict[Digi
     if product != r.space.size[axis]:
         reason = f"{r.name} puts it outside a dimension of symbolic size"
         r.pin(place, reason)
-        for factor in {axes[d] for d in parts} - {None}:
-            r.pin_of(factor, reason)
+        for factor in dict.fromkeys(axes[d] for d in parts):
+            if factor is not None:
+                r.pin_of(factor, reason)
         return
     kept = [f for f in factors if f is not None]
     if kept != [axis]:
