@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from torch import fx
 
 from graphlathe.ir.errors import VerifyError
+from graphlathe.ir.patterns import Constant, Match, OneOf, Op, Value, WeightValue
 from graphlathe.ir.program import MADE_BY, Program
 from graphlathe.ir.rewrite import Rewriter
-from graphlathe.ir.rules import Constant, Match, OneOf, Op, Rule, Value, WeightValue, apply_rules, find, why_not
+from graphlathe.ir.rules import Rule, apply_rules, find, why_not
 from graphlathe.ir.text import parse_program, print_program
 from graphlathe.ir.verify import verify
 from graphlathe.ir.weights import Weight
