@@ -13,13 +13,15 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-from graphlathe.ir.axes import ChannelGroup
+from graphlathe.ir.axes import ChannelGroup, cut
 from graphlathe.ir.program import Program
+from graphlathe.ir.verify import relative_error, verify
 from graphlathe.ir.weights import Weight
 
 aten = torch.ops.aten
 
 COUNTING = {aten.mean.dim, aten.layer_norm.default, aten.rms_norm.default, aten.group_norm.default}
+COUNTED = ("takes the mean over it", "takes the mean over the channels")
 
 
 def zeroed(program: Program, group: ChannelGroup, keep: Sequence[int]) -> Program:
@@ -78,3 +80,39 @@ def counting(node: fx.Node, args: Any, kwargs: Any, stays: Mapping[tuple[str, in
             spread = result.new_zeros([*result.shape[:dim], len(mask), *result.shape[dim + 1 :]])
             result = spread.index_copy(dim, mask.nonzero()[:, 0], result)
     return result
+
+
+def half(group: ChannelGroup) -> list[int]:
+    """Every other atom."""
+    return list(range(0, group.size, 2))
+
+
+def check_cut(
+    program: Program, group: ChannelGroup, feeds: Mapping[str, Any], keep: Sequence[int], tolerance: float = 1e-4
+) -> bool:
+    """Cut, verify, run; compare with the masked graph where the group's algebra allows.
+
+    Args:
+        program: stays as it is.
+        group: one of its groups that can be cut.
+        feeds: inputs by name.
+        keep: the atoms that stay.
+        tolerance: of `relative_error`.
+
+    Returns:
+        Whether there was a masked graph to compare with.
+    """
+    smaller = program.clone()
+    cut(smaller, group, keep)
+    verify(smaller, 2)
+    assert smaller.parameter_count < program.parameter_count
+    actual = smaller.run(smaller.feeds(**feeds))
+    if group.zeroable:
+        masked = zeroed(program, group, keep)
+        expected = masked.run(masked.feeds(**feeds))
+    elif any(reason in group.zero_reason for reason in COUNTED):
+        expected = run_masked(program, group, keep, program.feeds(**feeds))
+    else:
+        return False
+    assert relative_error(actual, expected) < tolerance, (str(group), list(keep), group.why, program.to_text())
+    return True

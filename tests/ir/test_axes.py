@@ -15,46 +15,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from graphlathe.ir.axes import ChannelGroup, cut, find_groups
+from graphlathe.ir.axes import cut, find_groups
 from graphlathe.ir.axes.relate import RULES
 from graphlathe.ir.axes.reshape import digits
 from graphlathe.ir.errors import PreconditionError, VerifyError
 from graphlathe.ir.from_torch import trace
 from graphlathe.ir.program import Program
-from graphlathe.ir.verify import relative_error, verify
 from graphlathe.kernels.expert_linear import expert_linear
-from graphlathe.passes.base import Context
-from graphlathe.passes.canonical.raise_all import RaiseAll
-from graphlathe.tools import zoo
-from tests.masked import run_masked, zeroed
-from tests.zoo_files import from_our_file
-from tests.zoo_programs import SAMPLE, over_zoo, traced, zoo_parameters
-
-COUNTED = ("takes the mean over it", "takes the mean over the channels")
-RAISED = (*SAMPLE, "mobilenet_v2", "gpt_neox", "gemma3", "olmoe", "gpt_oss", "mamba2", "plain_squeeze_excite")
-QUICK = ("llama", "plain_shuffle", "plain_densenet")
-
-
-def half(group: ChannelGroup) -> list[int]:
-    """Every other atom."""
-    return list(range(0, group.size, 2))
-
-
-def check_cut(program: Program, group: ChannelGroup, feeds: dict[str, Tensor], keep: list[int]) -> None:
-    """Cut, verify, run; compare with the masked graph where the group's algebra allows."""
-    smaller = program.clone()
-    cut(smaller, group, keep)
-    verify(smaller, 2)
-    assert smaller.parameter_count < program.parameter_count
-    actual = smaller.run(smaller.feeds(**feeds))
-    if group.zeroable:
-        masked = zeroed(program, group, keep)
-        expected = masked.run(masked.feeds(**feeds))
-    elif any(reason in group.zero_reason for reason in COUNTED):
-        expected = run_masked(program, group, keep, program.feeds(**feeds))
-    else:
-        return
-    assert relative_error(actual, expected) < 1e-4, (str(group), group.why)
+from tests.masked import check_cut, half
 
 
 class Lambda(nn.Module):
@@ -589,47 +557,3 @@ def test_digits_of_shapes_that_part() -> None:
     assert [(d.size, d.before, d.after) for d in digits((5, 2, 6, 7), (5, 3, 4, 7))] == [(7, 3, 3), (5, 0, 0)]
     assert [(d.size, d.before, d.after) for d in digits((4, 3), (2, 6))] == [(3, 1, 1), (2, 0, 1), (2, 0, 0)]
     assert digits((2, 3), (3, 2)) == []
-
-
-def one_of_each_kind(groups: list[ChannelGroup]) -> list[ChannelGroup]:
-    """The last group of every unit and every reason why zeroing is something else (the first ones are often stems)."""
-    return list({(g.unit, g.zero_reason.partition("(")[0]): g for g in groups if g.prunable}.values())
-
-
-def check_zoo(program: Program, name: str) -> None:
-    model = zoo.get(name)
-    feeds = model.inputs(model.unseen_sizes[0]) if model.dynamic else model.example()
-    groups = find_groups(program)
-    found = {(m.weight, m.dim) for group in groups for m in group.members}
-    read = {str(n.target) for n in program.graph.find_nodes(op="get_attr") if n.users} - set(program.subgraphs)
-    assert found == {(n, d) for n in read for d, size in enumerate(program.weights[n].shape) if size > 1}
-    assert all(bool(group.reason) != group.prunable for group in groups)
-    for group in one_of_each_kind(groups):
-        check_cut(program, group, feeds, half(group))
-
-
-def kinds(program: Program) -> Counter[tuple[str, int, bool]]:
-    return Counter((group.unit, group.size, group.zeroable) for group in find_groups(program) if group.prunable)
-
-
-@pytest.mark.parametrize("name", zoo_parameters((*SAMPLE, "mobilenet_v2", "gpt_neox"), quick=("llama", "mobilenet_v2")))
-def test_zoo_from_onnx(name: str) -> None:
-    """A file has other operators and transposed weights; raised, its groups are those of the traced model."""
-    program, imported = traced(name).clone(), from_our_file(name).clone()
-    for each in (program, imported):
-        RaiseAll().run(each, Context())
-    assert kinds(imported) == kinds(program)
-
-
-@over_zoo(quick=QUICK)
-def test_zoo_as_traced(name: str) -> None:
-    """Groups of each kind of every model, cut to half: level 2, running, and equal to the masked graph."""
-    check_zoo(traced(name), name)
-
-
-@pytest.mark.parametrize("name", zoo_parameters(RAISED, quick=()))
-def test_zoo_raised(name: str) -> None:
-    """The same on the raised form."""
-    program = traced(name).clone()
-    RaiseAll().run(program, Context())
-    check_zoo(program, name)
