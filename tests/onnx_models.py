@@ -10,13 +10,11 @@ import numpy as np
 import onnx
 import onnx.helper as oh
 import onnx.numpy_helper as nh
-import pytest
 import torch
 
 from graphlathe.ir.from_onnx import from_onnx
 from graphlathe.ir.program import Program
-
-onnxruntime = pytest.importorskip("onnxruntime", reason="the reference is ONNX Runtime")
+from tests.onnx_nodes import run_file
 
 F, I = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64  # noqa: E741 - short names for tables of cases
 
@@ -52,13 +50,7 @@ def typed(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def reference(model: onnx.ModelProto, feeds: Mapping[str, torch.Tensor]) -> list[np.ndarray]:
     """The outputs in ONNX Runtime, as the model is."""
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(
-        typed(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    return session.run(None, {name: value.numpy() for name, value in feeds.items()})
+    return run_file(typed(model).SerializeToString(), {name: value.numpy() for name, value in feeds.items()})
 
 
 def import_model(model: onnx.ModelProto, folder: Path, **options: Any) -> Program:

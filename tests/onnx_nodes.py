@@ -21,14 +21,14 @@ MICROSOFT = "com.microsoft"
 Given = Mapping[str, np.ndarray | None]
 
 
-def run_file(path: Path, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-    """The outputs of a file in ONNX Runtime, as it is."""
+def run_file(model: Path | bytes, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """The outputs of a file, or of what would be in it, in ONNX Runtime, as it is."""
     runtime = pytest.importorskip("onnxruntime", reason="the reference is ONNX Runtime")
     options = runtime.SessionOptions()
     options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = 1
     options.log_severity_level = 4
-    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     return session.run(None, {port.name: feeds[port.name] for port in session.get_inputs()})
 
 
