@@ -6,7 +6,7 @@ its query heads); `cut` removes units from a program.
 
 from __future__ import annotations
 
-from .cut import cut
+from .cut import cut, cut_all
 from .groups import ChannelGroup, Member, find_groups
 
-__all__ = ["ChannelGroup", "Member", "cut", "find_groups"]
+__all__ = ["ChannelGroup", "Member", "cut", "cut_all", "find_groups"]

@@ -34,8 +34,43 @@ def cut(program: Program, group: ChannelGroup, keep: Sequence[int], *, made_by: 
             atoms that leaves something everywhere. The program is as it was.
         VerifyError: an operator refuses its smaller operands. The program is unusable.
     """
-    masks = _masks(program, group, _checked(group, keep), made_by)
-    rewriter = Rewriter(program, made_by, group.entry)
+    cut_all(program, [(group, keep)], made_by=made_by)
+
+
+def cut_all(program: Program, choices: Sequence[tuple[ChannelGroup, Sequence[int]]], *, made_by: str = "cut") -> None:
+    """Cut several groups at once, in one walk over the graph.
+
+    The groups must have been found together, and no two of them may cut the same dimension of a value: heads and
+    channels inside heads, say, are cut one after the other.
+
+    Args:
+        program: the program in which the groups were found, or a clone of it; changed in place.
+        choices: groups with the atoms that stay; a group all of whose atoms stay is left out.
+        made_by: the pass's name, stamped on new nodes.
+
+    Raises:
+        PreconditionError: as `cut`, or two groups cut one dimension. The program is as it was.
+        VerifyError: as `cut`.
+    """
+    by_entry: dict[str, dict[tuple[fx.Node, int], Mask]] = {}
+    for group, keep in choices:
+        masks = by_entry.setdefault(group.entry, {})
+        for place, mask in _masks(program, group, _checked(group, keep), made_by).items():
+            if place in masks:
+                raise PreconditionError(
+                    f"two groups cut dimension {place[1]} of %{place[0].name}",
+                    pass_name=made_by,
+                    node=place[0].name,
+                    origin=place[0].meta.get(ORIGIN),
+                    remedy="cut one, find the groups again, then cut the other",
+                )
+            masks[place] = mask
+    for entry, masks in by_entry.items():
+        _apply(Rewriter(program, made_by, entry), masks)
+
+
+def _apply(rewriter: Rewriter, masks: dict[tuple[fx.Node, int], Mask]) -> None:
+    """Slice the weights, and give every operator on the way its new arguments."""
     shapes = {n: shape for n in rewriter.graph.nodes if (shape := tensor_shape(n)) is not None}
     change = Resize(rewriter, masks, shapes)
     changed = {node for node, _ in masks}
