@@ -16,6 +16,9 @@ from ..ir.errors import PipelineError, suggest
 from ..ir.program import Program
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+    from pathlib import Path
+
     from torch import fx
 
     from ..ir.structure import Structure
@@ -110,10 +113,18 @@ class Context:
     Attributes:
         calibration: batches of named inputs; may be iterated more than once.
         progress: called as ``progress(iterable, total, label)`` around slow loops; shows a bar where wanted.
+        original: the program that the pipeline started from; what a distillation learns from.
+        executor: where searches evaluate candidates; None: in this process.
+        journal: the folder that keeps what searches evaluated, so that one that was stopped goes on.
+        workspace: a folder that workers of the executor can read; None: a temporary one, for workers on this machine.
     """
 
     calibration: Sequence[Batch] | None = None
     progress: Callable[[Iterable[Any], int | None, str], Iterable[Any]] = lambda items, total, label: items
+    original: Program | None = None
+    executor: Executor | None = None
+    journal: Path | None = None
+    workspace: Path | None = None
     _structure: tuple[Program, int, Structure] | None = field(default=None, repr=False)
 
     def structure(self, program: Program) -> Structure:
@@ -135,12 +146,14 @@ class Case:
         program: the program.
         calibration: what the pass may look at.
         found: whether the result of the run is the planted answer.
+        original: what a distillation learns from.
     """
 
     settings: Pass
     program: Program
     calibration: Sequence[Batch]
     found: Callable[[Program, Stats], bool]
+    original: Program | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

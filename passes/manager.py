@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
+from pathlib import Path
 from typing import Any
 
 from torch import fx
@@ -39,6 +41,9 @@ class PassManager:
         costs: whether to compute MACs and peak activation bytes for the report.
         progress: whether slow loops show a bar (on a terminal only).
         instruments: watch or steer the run.
+        executor: a `concurrent.futures.Executor` that evaluates the candidates of searches; None: this process.
+        journal: a folder that keeps what searches evaluated, so that one that was stopped goes on.
+        workspace: a folder that the executor's workers can read, where they are on other machines.
     """
 
     def __init__(
@@ -53,6 +58,9 @@ class PassManager:
         costs: bool = True,
         progress: bool = False,
         instruments: Sequence[Instrument] = (),
+        executor: Executor | None = None,
+        journal: Path | None = None,
+        workspace: Path | None = None,
     ) -> None:
         self.pipeline = parse_pipeline(passes)
         self.feeds = feeds
@@ -65,6 +73,7 @@ class PassManager:
         self.costs = costs
         self.progress: Progress = progress_for(progress)
         self.instruments = tuple(instruments)
+        self.executor, self.journal, self.workspace = executor, journal, workspace
 
     def run(self, program: Program) -> tuple[Program, Report]:
         """Run the pipeline.
@@ -99,7 +108,14 @@ class _Run:
         self.manager = manager
         self.program = original.clone()
         self.program.listeners = [*original.listeners, self._on_rewrite]
-        self.context = Context(calibration=manager.calibration, progress=manager.progress)
+        self.context = Context(
+            calibration=manager.calibration,
+            progress=manager.progress,
+            original=original,
+            executor=manager.executor,
+            journal=manager.journal,
+            workspace=manager.workspace,
+        )
         self.contract = Contract(
             original,
             manager.feeds,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +93,9 @@ def optimize(
     stop_after: str | None = None,
     disable: Collection[str] = (),
     reproduce: str | os.PathLike[str] | None = None,
+    executor: Executor | None = None,
+    journal: str | os.PathLike[str] | None = None,
+    workspace: str | os.PathLike[str] | None = None,
 ) -> Optimized:
     """Run passes over a model.
 
@@ -117,6 +121,10 @@ def optimize(
         stop_after: end the pipeline after the pass of this name.
         disable: names of passes to skip.
         reproduce: on failure, write a folder here from which the failing step can be run again.
+        executor: a `concurrent.futures.Executor` that evaluates the candidates of searches: a pool of processes, or
+            ``dask.distributed.Client.get_executor()`` for many machines. None: this process.
+        journal: a folder that keeps what searches evaluated; the same call goes on where an earlier one was stopped.
+        workspace: a folder that the executor's workers can read under the same path, where they are on other machines.
 
     Returns:
         The result: a `Program` with ``.report``, ``.plan``, ``.export(path)`` and ``.compile(backend=...)``.
@@ -149,6 +157,9 @@ def optimize(
         costs=costs,
         progress=progress,
         instruments=tools,
+        executor=executor,
+        journal=None if journal is None else Path(journal),
+        workspace=None if workspace is None else Path(workspace),
     )
     before = _merit(evaluate, program)
     result, report = manager.run(program)

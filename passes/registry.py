@@ -12,10 +12,16 @@ from .base import Pass
 ENTRY_POINT_GROUP = "graphlathe.passes"
 
 BUILTIN: dict[str, str] = {
+    "apply-plan": ".search.apply_plan:ApplyPlan",
     "canonicalize": ".canonical.canonicalize:Canonicalize",
+    "comp": ".channels.comp:Comp",
+    "compress": ".channels.compress:Compress",
     "cse": ".canonical.cse:CommonSubexpressions",
     "dce": ".canonical.dce:DeadCode",
+    "distill": ".weights.distill:Distill",
     "drop-layers": ".layers.drop_layers:DropLayers",
+    "evopress": ".layers.evopress:EvoPress",
+    "flap": ".channels.flap:Flap",
     "fold-batchnorm": ".canonical.fold_batchnorm:FoldBatchNorm",
     "fold-constants": ".canonical.fold_constants:FoldConstants",
     "raise": ".canonical.raise_all:RaiseAll",
@@ -26,6 +32,8 @@ BUILTIN: dict[str, str] = {
     "raise-norms": ".canonical.raise_norms:RaiseNorms",
     "raise-rotary": ".canonical.raise_rotary:RaiseRotary",
     "remove-noops": ".canonical.remove_noops:RemoveNoops",
+    "shortgpt": ".layers.shortgpt:ShortGpt",
+    "tyr": ".channels.tyr:Tyr",
 }
 
 _registered: dict[str, type[Pass]] = {}

@@ -21,6 +21,8 @@ from ...ir.errors import PipelineError, PostconditionError, PreconditionError
 from ...ir.program import Program
 from ...ir.rewrite import Rewriter
 from ..base import Case, Context, Effect, Pass, Prop, Stats, option
+from ..search.apply import drop
+from ..search.plan import Decision, Plan
 from ..search.scores import SCORES, Scores
 from ..search.units import GRANULARITIES, Unit, remaining_weights, removable_units, replacements
 from .planted import identity_block_case
@@ -91,13 +93,10 @@ class DropLayers(Pass):
             if unit.blocked:
                 stats.miss(unit.blocked)
         chosen, scores = self._choose(program, units, ctx)
-        rewriter = Rewriter(program, self.name)
-        # From the last to the first, so that a unit that replaces another's value is still in place when it is read.
-        for unit in sorted(chosen, key=lambda u: u.index, reverse=True):
-            rewriter.replace(unit.replaced, unit.by, erase=False)
-        rewriter.erase_dead()
+        fingerprint = program.fingerprint()
+        drop(Rewriter(program, self.name), chosen)
         stats.hits = len(chosen)
-        stats.plan = self._plan(units, chosen, scores)
+        stats.plan = self._plan(units, chosen, scores, fingerprint)
         if not chosen and self.indices != ():
             why = "they fit the target" if self.ratio is None else f"ratio {self.ratio}"
             stats.notes.append(f"nothing to remove: {len(units)} units of kind '{self.granularity}', {why}")
@@ -156,9 +155,15 @@ class DropLayers(Pass):
         left = [program.weights[name] for name in remaining_weights(program, replacements(chosen))]
         return sum(w.numel if self.target_params else w.nbytes for w in left)
 
-    def _plan(self, units: Sequence[Unit], chosen: Sequence[Unit], scores: Scores) -> dict[str, Any]:
+    def _plan(self, units: Sequence[Unit], chosen: Sequence[Unit], scores: Scores, fingerprint: str) -> dict[str, Any]:
         gone = {unit.index for unit in chosen}
-        return {
+        why = f"lowest {self.score}" if scores else "given"
+        decisions = tuple(
+            Decision(f"drop-{self.granularity}", u.index, u.label, None, 1, (0,) if u.index in gone else (), "", why)
+            for u in units
+            if not u.blocked
+        )
+        return Plan(decisions, self.to_text(), program=fingerprint).to_json() | {
             "granularity": self.granularity,
             "removed": [unit.index for unit in chosen],
             "kept": [unit.index for unit in units if unit.index not in gone],

@@ -55,6 +55,6 @@ def identity_block_case(settings: Pass) -> Case:
     program: Program = trace(model, {"ids": ids}, dynamic={"ids": {0: "B", 1: "S"}})
 
     def found(_: Program, stats: Stats) -> bool:
-        return stats.plan["removed"] == [USELESS]
+        return [site["index"] for site in stats.plan["sites"] if site["removed"]] == [USELESS]
 
     return Case(settings, program, [{"ids": ids}], found)

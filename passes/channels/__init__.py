@@ -1,0 +1,1 @@
+"""Passes that cut channels: hidden widths, heads, streams."""

@@ -1,0 +1,115 @@
+"""Compress by any choice of sites, score, allocator and compensation.
+
+    what can be removed   ×   how much it matters   ×   how much goes where   ×   how the rest makes up for it
+    sites                     score                     allocator                 compensation
+
+    before   x ── W1 [4 channels] ── f ── W2 ── y        after   x ── W1' [2 channels] ── f ── W2' ── y
+
+Weights are cut for real: the program gets smaller matrices, not zeros. Published methods are one choice each: see
+``flap``, ``comp`` and ``tyr``, whose defaults these options spell out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from ...ir.program import Program
+from ..base import Case, Context, Effect, Stats, option
+from ..search.allocators.evolution import Settings, Stage
+from ..search.apply import COMPENSATIONS, DROPS
+from ..search.budget import UNITS
+from ..search.choose import Allocator, compress
+from ..search.measured import measured
+from ..search.place_table import Table
+from ..search.recipe import ALLOCATORS, Recipe, table_of
+from ..search.scores import CHANNEL_SCORES
+from ..search.searching import cheap_states, search
+from ..search.sites import KINDS
+from .planted import constant_channels_case
+from .width import WidthPass
+
+SITES = (*KINDS, *DROPS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compress(WidthPass):
+    """Cut channels, heads and branches by any choice of score, allocator and compensation.
+
+    Raises:
+        PipelineError: none or several of ``ratio`` and ``target`` are given.
+        PreconditionError: the model has no such sites, the budget is out of reach (the message names the smallest that
+            is, and what blocks more), or calibration data is missing or bad.
+    """
+
+    name: ClassVar[str] = "compress"
+    effect: ClassVar[Effect] = Effect.APPROXIMATE
+    paper: ClassVar[str] = "the four choices of docs/compression.md"
+
+    sites: tuple[str, ...] = option(("heads", "mlp", "channels"), choices=SITES, help="what may be removed")
+    ratio: float | None = option(None, ge=0, lt=1, help="share of what the sites cost that goes")
+    target: float | None = option(None, gt=0, help="what the whole model may cost, in the unit of the budget")
+    budget: str = option("params", choices=UNITS, help="what is bounded")
+    score: str = option("fluctuation", choices=tuple(CHANNEL_SCORES), help="how much a channel or head matters")
+    allocator: str = option("global-threshold", choices=ALLOCATORS, help="how much goes where")
+    compensation: str = option("least-squares", choices=COMPENSATIONS, help="how the rest makes up for it")
+    standardize: bool = option(True, help="compare scores of different sites by how they stand out within their site")
+    floor: float = option(0.0, ge=0, lt=1, help="share of every site that stays at least")
+    multiple: int = option(1, ge=1, help="what stays of a cut site is a multiple of this")
+    steps: int | None = option(None, ge=1, help="levels per site; none: every number of channels")
+    generations: int = option(50, ge=0, help="evolution: generations at most")
+    offspring: int = option(16, ge=1, help="evolution: new candidates per generation")
+    seed: int = option(0, ge=0, help="evolution: equal seeds give equal searches")
+
+    def recipe(self) -> Recipe:
+        """The options as a recipe."""
+        return Recipe(
+            kinds=self.sites,
+            score=self.score,
+            allocator=self.allocator,
+            compensation=self.compensation,
+            unit=self.budget,
+            ratio=self.ratio,
+            target=self.target,
+            steps=self.steps,
+            floor=self.floor,
+            multiple=self.multiple,
+            standardize=self.standardize,
+            per_saving=self.standardize,
+        )
+
+    def run(self, program: Program, ctx: Context) -> Stats:
+        """Find and score the sites, choose, cut and compensate."""
+        recipe = self.recipe()
+        table = table_of(program, recipe, ctx)
+        if self.allocator not in ("uniform", "evolution") and self.ratio != 0:
+            table = measured(program, table, ctx)
+        search = self._search(program, ctx) if self.allocator == "evolution" else None
+        return compress(program, recipe, ctx, self.to_text(), name=self.name, table=table, allocator=search)
+
+    def _search(self, program: Program, ctx: Context) -> Allocator:
+        batches = ctx.calibration or ()
+
+        def choose(table: Table, limit: float) -> tuple[Sequence[int], dict[str, Any] | None]:
+            levels = table.levels()
+            if limit >= table.total:
+                return levels.untouched, None
+            small = min(1, len(batches))
+            stages = (Stage(3, small), Stage(1, len(batches))) if small < len(batches) else (Stage(1, len(batches)),)
+            settings = Settings(generations=self.generations, offspring=self.offspring, stages=stages, seed=self.seed)
+            seeds = cheap_states(levels, limit)
+            outcome, history = search(program, table.places, levels, limit, batches, ctx, settings, seeds)
+            return outcome.state, history
+
+        return choose
+
+    @classmethod
+    def neutral(cls) -> Self:
+        """Removing nothing is the baseline."""
+        return cls(ratio=0.0)
+
+    @classmethod
+    def planted(cls) -> Case:
+        """Half of the hidden channels of two MLPs are constant: these go, and the outputs stay."""
+        return constant_channels_case(cls(sites=("mlp",), ratio=0.5, floor=0.5))

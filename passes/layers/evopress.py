@@ -1,0 +1,166 @@
+"""EvoPress: search for the levels that the whole model bears best, instead of adding up errors of single layers.
+
+Errors of layers do not add up: dropping two blocks may hurt less than dropping the better one of them. So candidates
+are compared by what they do to the outputs, on real data, by evolution under a fixed budget:
+
+    parent ─┬─ offspring: lower the level here, raise it there ─┐
+            │                                                   ├─ few tokens ─ best few ─ many tokens ─ next parent
+            └───────────────────────────────────────────────────┘
+
+What a level is depends on ``mode``: ``depth`` keeps or drops attention and MLP branches (or whole blocks, ``tied``);
+``sparsity`` gives every linear layer a number of nonzero weights, from a database of SparseGPT solutions; ``bits``
+gives every linear layer a number of bits, from one of GPTQ or round-to-nearest solutions.
+
+Attention and MLP branches may trade under one budget, the search starts from what every cheap heuristic says, and
+candidates are compared on common data and start from their parent's stream (`search.candidates`).
+
+Source: EvoPress (Sieberling et al. 2024, arXiv 2410.14649).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from ...ir.errors import PipelineError, PostconditionError
+from ...ir.program import Program
+from ..base import Case, Context, Effect, Pass, Prop, Stats, option
+from ..search.allocators.evolution import Settings, Stage
+from ..search.budget import UNITS, Meter, sizes_of
+from ..search.choose import compress
+from ..search.depth import depth_seeds
+from ..search.linear_levels import LinearSettings, linear_places
+from ..search.linear_texts import BITS_METHODS, SPARSE_METHODS
+from ..search.place_table import Table
+from ..search.recipe import Recipe, nothing_to_remove, table_of
+from ..search.searching import cheap_states, search
+from .planted import identity_block_case
+
+MODES = ("depth", "sparsity", "bits")
+METHODS = (*SPARSE_METHODS, *BITS_METHODS)
+_UNITS = {"sparsity": "nonzeros", "bits": "bytes"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvoPress(Pass):
+    """Search for what the model does best without: blocks and branches, weights, bits (EvoPress, arXiv 2410.14649).
+
+    Raises:
+        PipelineError: none or both of ``ratio`` and ``target`` are given.
+        PreconditionError: nothing can be dropped, the budget is out of reach, or calibration data is missing or less
+            than the search needs.
+    """
+
+    name: ClassVar[str] = "evopress"
+    effect: ClassVar[Effect] = Effect.APPROXIMATE
+    needs: ClassVar[frozenset[Prop]] = frozenset({Prop.SITES, Prop.CALIBRATION})
+    paper: ClassVar[str] = "EvoPress, arXiv 2410.14649"
+
+    ratio: float | None = option(None, ge=0, lt=1, help="share of what can be dropped that goes")
+    target: float | None = option(None, gt=0, help="what the whole model may cost, in the unit of the budget")
+    budget: str = option("params", choices=UNITS, help="what is bounded")
+    mode: str = option("depth", choices=MODES, help="what a level is: kept or dropped, nonzero weights, bits")
+    tied: bool = option(False, help="depth: drop whole blocks instead of branches")
+    levels: int = option(16, ge=1, help="sparsity: levels of the largest layer")
+    bits: tuple[int, ...] = option((8, 4, 3, 2), ge=2, le=8, help="bits: the levels")
+    group: int = option(64, ge=1, help="bits: input channels that share a scale and a zero point")
+    method: str | None = option(None, choices=METHODS, help="how a level is solved; none: the best one of the mode")
+    generations: int = option(100, ge=0, help="generations at most")
+    offspring: int = option(16, ge=1, help="new candidates per generation")
+    survivors: int = option(3, ge=1, help="candidates that are judged on all the data")
+    small: int = option(1, ge=1, help="calibration batches that candidates are first judged on")
+    patience: int | None = option(None, ge=1, help="stop after so many generations without a better candidate")
+    confidence: float = option(1.0, ge=0, help="standard errors by which a candidate must be better; the paper's is 0")
+    seed: int = option(0, ge=0, help="equal seeds give equal searches")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.ratio is None) == (self.target is None):
+            raise PipelineError(
+                f"'{self.name}' needs one way to say how much to remove",
+                expected="one of ratio, target",
+                remedy="for example evopress{ratio=0.2}",
+            )
+
+        if self.mode != "depth" and self.budget != "params":
+            raise PipelineError(
+                f"the budget of the mode '{self.mode}' is its own (nonzero weights, or bytes)",
+                expected="no option budget",
+            )
+
+    def recipe(self) -> Recipe:
+        """What may be dropped, under which budget."""
+        kinds = ("drop-block",) if self.tied else ("drop-attention", "drop-mlp")
+        return Recipe(
+            kinds=kinds,
+            score="magnitude",
+            allocator="uniform",
+            compensation="none",
+            unit=_UNITS.get(self.mode, self.budget),
+            ratio=self.ratio,
+            target=self.target,
+        )
+
+    def settings(self, batches: int) -> Settings:
+        """How to search, with so many calibration batches."""
+        small = min(self.small, batches)
+        stages = (Stage(1, batches),) if small == batches else (Stage(self.survivors, small), Stage(1, batches))
+        return Settings(
+            generations=self.generations,
+            offspring=self.offspring,
+            stages=stages,
+            patience=self.patience,
+            confidence=self.confidence,
+            seed=self.seed,
+        )
+
+    def run(self, program: Program, ctx: Context) -> Stats:
+        """Find what can be dropped, search, drop."""
+        recipe = self.recipe()
+        table = table_of(program, recipe, ctx) if self.mode == "depth" else self._stored(program, ctx)
+        batches = ctx.calibration or ()
+
+        def choose(table: Table, limit: float) -> tuple[Sequence[int], dict[str, Any] | None]:
+            levels = table.levels()
+            if limit >= table.total:
+                return levels.untouched, None
+            if self.mode == "depth":
+                seeds = depth_seeds(program, table.places, levels, limit, ctx)
+            else:
+                seeds = cheap_states(levels, limit)
+            outcome, history = search(
+                program, table.places, levels, limit, batches, ctx, self.settings(len(batches)), seeds
+            )
+            return outcome.state, history
+
+        return compress(program, recipe, ctx, self.to_text(), name=self.name, table=table, allocator=choose)
+
+    def _stored(self, program: Program, ctx: Context) -> Table:
+        """Linear layers with a database of levels."""
+        settings = LinearSettings(method=self.method, steps=self.levels, bits=self.bits, group=self.group)
+        folder = None if ctx.workspace is None else ctx.workspace / "levels"
+        places, blocked = linear_places(program, ctx, self.mode, settings, folder=folder)
+        if not places:
+            raise nothing_to_remove(("linear layers of blocks",), blocked)
+        meter = Meter(program, "bytes" if self.mode == "bits" else "params", sizes_of(program, ctx))
+        whole = sum(place.levels[0].cost for place in places)
+        return Table(places, meter, blocked, whole=whole, total=meter.total, added_up=True)
+
+    def ensure(self, before: Program, program: Program, stats: Stats) -> None:
+        """The interface must be untouched, and no weight be new."""
+        old, new = ([(s.name, s.dtype, str(s.shape)) for s in p.outputs] for p in (before, program))
+        if old != new:
+            raise PostconditionError(f"the outputs changed from {old} to {new}", pass_name=self.name)
+        if self.mode == "depth" and not program.used_weights() <= before.used_weights():
+            raise PostconditionError("new weights appeared", pass_name=self.name)
+
+    @classmethod
+    def neutral(cls) -> Self:
+        """Dropping nothing is the baseline."""
+        return cls(ratio=0.0)
+
+    @classmethod
+    def planted(cls) -> Case:
+        """One of four blocks adds exactly zero to the stream; it must be the one that goes."""
+        return identity_block_case(cls(ratio=0.25, tied=True, generations=3, offspring=4))

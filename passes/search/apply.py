@@ -1,0 +1,217 @@
+"""Carrying out a plan: compensation, cuts, dropped units.
+
+The passes that choose use it as well, so that applying a saved plan gives what choosing gave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+from ...ir.axes import cut_all
+from ...ir.errors import PreconditionError
+from ...ir.program import Program
+from ...ir.rewrite import Rewriter
+from ..base import Context
+from .biases import give_bias
+from .linear_apply import KIND as LINEAR
+from .linear_apply import apply_linear
+from .plan import Decision, Plan
+from .refit import METHODS, Cut, refit
+from .sites import KINDS, ChannelSite, channel_sites
+from .units import GRANULARITIES, Unit, removable_units, replacements
+
+DROPS = {f"drop-{name}": name for name in GRANULARITIES}
+COMPENSATIONS = ("none", *METHODS)
+
+
+@dataclass
+class Applied:
+    """What was done.
+
+    Attributes:
+        cut: sites that were cut.
+        dropped: units that were dropped.
+        stored: linear layers whose weights were stored in another form.
+        skipped: why consumers were not compensated, with counts.
+        notes: lines for the report.
+    """
+
+    cut: int = 0
+    dropped: int = 0
+    stored: int = 0
+    skipped: dict[str, int] = field(default_factory=dict[str, int])
+    notes: list[str] = field(default_factory=list[str])
+
+    @property
+    def done(self) -> int:
+        """How many places were changed."""
+        return self.cut + self.dropped + self.stored
+
+
+def apply_plan(
+    program: Program, plan: Plan, ctx: Context, made_by: str, *, sequential: bool = True, fit: bool = True
+) -> Applied:
+    """Carry out a plan, in place.
+
+    Args:
+        program: a program that has the places of the plan.
+        plan: the plan.
+        ctx: calibration data, for a plan with compensation.
+        made_by: the pass's name.
+        sequential: whether compensation of later layers sees what was done to earlier ones.
+        fit: whether to compensate; without, the program has the right size and the wrong weights.
+
+    Raises:
+        PreconditionError: the plan names a place that the program does not have, or that cannot be cut or dropped; or
+            compensation lacks calibration data.
+        VerifyError: as `ir.axes.cut`.
+    """
+    result = Applied()
+    if plan.compensation not in COMPENSATIONS:
+        raise PreconditionError(
+            f"the plan asks for the compensation '{plan.compensation}'",
+            pass_name=made_by,
+            expected=f"one of: {', '.join(COMPENSATIONS)}",
+        )
+    if not plan.changes:
+        return result
+    rewriter = Rewriter(program, made_by)
+    layers = [decision for decision in plan.changes if decision.kind == LINEAR]
+    # First: their weights are solved on what the unchanged program reads.
+    result.notes += apply_linear(program, layers, ctx, made_by, rewriter)
+    result.stored = len(layers)
+    others = [decision for decision in plan.changes if decision.kind != LINEAR]
+    cuts, units = resolve(program, others, ctx, made_by)
+    method = METHODS.get(plan.compensation)
+    if method is not None and cuts:
+        if method.bias and _give_biases(rewriter, cuts):
+            cuts, units = resolve(program, others, ctx, made_by)
+        if fit:
+            found = ctx.structure(program)
+            fitted = refit(program, found, cuts, replacements(units), ctx, plan.compensation, sequential=sequential)
+            for name, weight in fitted.weights.items():
+                rewriter.weight(name, weight)
+            result.skipped = fitted.skipped
+            result.notes += fitted.notes
+    # Units are dropped last: groups hold the names of their operators.
+    for chosen in _rounds(cuts):
+        pairs = [(site.group, _kept(site, removed)) for site, removed in chosen]
+        if result.cut:
+            pairs = [(again.group, _kept(again, removed)) for again, removed in _again(program, chosen, ctx, made_by)]
+        cut_all(program, pairs, made_by=made_by)
+        result.cut += len(chosen)
+    drop(rewriter, units)
+    result.dropped = len(units)
+    return result
+
+
+def drop(rewriter: Rewriter, units: Collection[Unit]) -> None:
+    """Replace each unit's value by the value before it, and erase what nothing reads any more."""
+    # From the last to the first, so that a unit that replaces another's value is still in place when it is read.
+    for unit in sorted(units, key=lambda u: u.index, reverse=True):
+        rewriter.replace(unit.replaced, unit.by, erase=False)
+    rewriter.erase_dead()
+
+
+def resolve(
+    program: Program, decisions: Sequence[Decision], ctx: Context, made_by: str
+) -> tuple[list[Cut], list[Unit]]:
+    """The sites and units that decisions speak of.
+
+    Raises:
+        PreconditionError: the program has no such place, or nothing can be removed there.
+    """
+    found = ctx.structure(program)
+    kinds = {d.kind for d in decisions if d.kind in KINDS}
+    sites = channel_sites(program, found, kinds)[0] if kinds else []
+    by_place = {(site.kind, site.index): site for site in sites}
+    units = {
+        kind: removable_units(found, name) for kind, name in DROPS.items() if any(d.kind == kind for d in decisions)
+    }
+    cuts: list[Cut] = []
+    dropped: list[Unit] = []
+    for decision in decisions:
+        if decision.kind in DROPS:
+            dropped.append(_unit(units[decision.kind], decision, made_by))
+            continue
+        site = by_place.get((decision.kind, decision.index))
+        if site is None or site.size != decision.units:
+            have = "none" if site is None else f"{site.size} units"
+            raise PreconditionError(
+                f"the plan does not fit: '{decision.label}' ({decision.kind} {decision.index}) has {have} here",
+                pass_name=made_by,
+                expected=f"{decision.units} units",
+                remedy="apply a plan to the model (and after the passes) that it was made for",
+            )
+        if not decision.kept:
+            raise PreconditionError(
+                f"the plan leaves nothing of '{decision.label}'",
+                pass_name=made_by,
+                expected=f"at least one of its {site.size} units stays",
+                remedy="drop the branch instead: kind drop-attention or drop-mlp",
+            )
+        cuts.append((site, decision.removed))
+    return cuts, dropped
+
+
+def _unit(units: Sequence[Unit], decision: Decision, made_by: str) -> Unit:
+    if decision.index >= len(units):
+        raise PreconditionError(
+            f"the plan does not fit: there is no {DROPS[decision.kind]} {decision.index}",
+            pass_name=made_by,
+            expected=f"0 to {len(units) - 1}",
+        )
+    unit = units[decision.index]
+    if unit.blocked:
+        raise PreconditionError(
+            f"{unit.label} cannot be dropped: {unit.blocked}", pass_name=made_by, node=unit.replaced.name
+        )
+    return unit
+
+
+def _kept(site: ChannelSite, removed: Collection[int]) -> list[int]:
+    gone = set(removed)
+    return [atom for atom in range(site.size) if atom not in gone]
+
+
+def _give_biases(rewriter: Rewriter, cuts: Sequence[Cut]) -> int:
+    """Biases for the consumers of cut sites; returns how many changes that took."""
+    before = rewriter.mutations
+    for site, removed in cuts:
+        for consumer in site.consumers if removed else ():
+            give_bias(rewriter, consumer)
+    return rewriter.mutations - before
+
+
+def _rounds(cuts: Sequence[Cut]) -> list[list[Cut]]:
+    """Cuts that can be made at once: no two of a round cut the same dimension of a value."""
+    rounds: list[tuple[set[tuple[str, int]], list[Cut]]] = []
+    for cut in cuts:
+        places = set(cut[0].group.places)
+        for taken, members in rounds:
+            if taken.isdisjoint(places):
+                taken |= places
+                members.append(cut)
+                break
+        else:
+            rounds.append((places, [cut]))
+    return [members for _, members in rounds]
+
+
+def _again(program: Program, cuts: Sequence[Cut], ctx: Context, made_by: str) -> list[Cut]:
+    """The same sites in the program as it is now."""
+    sites = channel_sites(program, ctx.structure(program), {site.kind for site, _ in cuts})[0]
+    by_members = {members_of(site): site for site in sites}
+    found: list[Cut] = []
+    for site, removed in cuts:
+        new = by_members.get(members_of(site))
+        if new is None or new.size != site.size:
+            raise PreconditionError(f"{site.label} cannot be cut after the others were", pass_name=made_by)
+        found.append((new, removed))
+    return found
+
+
+def members_of(site: ChannelSite) -> frozenset[tuple[str, str, int]]:
+    """What tells a site from others, whatever else was cut."""
+    return frozenset((site.kind, member.weight, member.dim) for member in site.group.members)

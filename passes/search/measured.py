@@ -1,0 +1,52 @@
+"""Errors that are measured: what every level does to the outputs, alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ...ir.errors import PreconditionError
+from ...ir.program import Program
+from ..base import Context
+from .candidates import Candidates
+from .place_table import Table
+
+
+def measured(program: Program, table: Table, ctx: Context, batches: int = 1) -> Table:
+    """A table all of whose levels have an error on one scale, if some had none.
+
+    Estimates from scores cannot be compared with what dropping a branch does. Where a table holds both, every level of
+    every place is tried alone on the first calibration batches: one partial forward pass each.
+
+    Args:
+        program: the program.
+        table: its places.
+        ctx: calibration data.
+        batches: how many batches to try them on.
+
+    Raises:
+        PreconditionError: there is no calibration data.
+    """
+    if all(level.error is not None for place in table.places for level in place.levels):
+        return table
+    if not ctx.calibration:
+        raise PreconditionError(
+            "levels that cut and levels that drop can only be compared by trying them",
+            remedy="pass calibration= (or --calibration FILE)",
+        )
+    data = ctx.calibration[:batches]
+    candidates = Candidates(program, table.places, ctx.structure(program), data)
+    untouched = (0,) * len(table.places)
+    work = [(i, n) for i, place in enumerate(table.places) for n in range(1, len(place.levels))]
+    errors: dict[tuple[int, int], float] = {}
+    for i, n in ctx.progress(work, len(work), "single levels"):
+        state = (*untouched[:i], n, *untouched[i + 1 :])
+        errors[i, n] = sum(candidates(state, batch) for batch in range(len(data))) / len(data)
+    places = [
+        replace(
+            place,
+            levels=tuple(replace(level, error=errors.get((i, n), 0.0)) for n, level in enumerate(place.levels)),
+        )
+        for i, place in enumerate(table.places)
+    ]
+    note = f"errors of {len(work)} levels were measured, which took {candidates.tokens:,.0f} tokens"
+    return replace(table, places=places, notes=[*table.notes, note])

@@ -1,0 +1,164 @@
+"""Channel sites whose levels are pruned by the optimal brain surgeon: what stays is refitted at every level.
+
+Sites are walked in graph order. Each reads what it would read if every site before it were cut at its middle level, and
+is fitted to give what it gave in the unchanged model: the expected error that earlier layers pass on is made up for.
+A site with several consumers is pruned as one layer whose weight has theirs along the diagonal.
+
+Source: Tyr-the-Pruner (2025), the super-network of pruned levels with expectation error accumulation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from ...ir.errors import PreconditionError
+from ...ir.program import Program
+from ...ir.weights import Weight
+from ..base import Context
+from .budget import Meter
+from .consumers import Consumer, other_readers, weight_matrix, with_weight_matrix
+from .flow import Walk
+from .levels import Level, Place
+from .local.obs import Removal, remove_groups
+from .refit import Sums, counted_rows
+from .scores.base import atom_columns
+from .sites import ChannelSite
+
+
+def obs_places(
+    program: Program,
+    sites: Sequence[ChannelSite],
+    meter: Meter,
+    ctx: Context,
+    counts: Mapping[int, Sequence[int]],
+    *,
+    middle: Mapping[int, int],
+    rounds: Mapping[str, int],
+    damping: float = 0.01,
+) -> tuple[list[Place], dict[str, int]]:
+    """Places whose levels remove given numbers of atoms.
+
+    Args:
+        program: the program.
+        sites: its sites, in graph order.
+        meter: counts what a level saves.
+        ctx: calibration batches.
+        counts: for each site's index, increasing numbers of atoms to remove, each below the number of atoms.
+        middle: for each site's index, the number of atoms (one of its counts, or 0) that later sites expect to be gone.
+        rounds: by kind, in how many rounds atoms are removed; 1 for other kinds.
+        damping: share of the mean diagonal added to Gram matrices.
+
+    Returns:
+        The places, and why other sites were left out, with counts.
+
+    Raises:
+        PreconditionError: there is no calibration data, or it holds NaN or infinity.
+    """
+    if not ctx.calibration:
+        raise PreconditionError("it needs calibration data", remedy="pass calibration= (or --calibration FILE)")
+    found = ctx.structure(program)
+    dense = [Walk(program, found, batch) for batch in ctx.calibration]
+    now = [Walk(program, found, batch) for batch in ctx.calibration]
+    expected: dict[str, Weight] = {}
+    places: list[Place] = []
+    blocked: dict[str, int] = {}
+    for site in ctx.progress(sites, len(sites), "levels"):
+        reason = _unfit(program, site)
+        if reason or not counts[site.index]:
+            blocked[reason or "too few atoms"] = blocked.get(reason or "too few atoms", 0) + 1
+            continue
+        sums = {consumer: Sums() for consumer in site.consumers}
+        operands = {consumer.operand for consumer in site.consumers}
+        for batch, before, after in zip(ctx.calibration, dense, now, strict=True):
+            x = before.values(operands, {}, site.first)
+            z = after.values(operands, expected, site.first)
+            for consumer in site.consumers:
+                rows = (counted_rows(consumer, batch, value[consumer.operand]) for value in (z, x))
+                sums[consumer].add(*rows, products=True)
+        removals = _pruned(program, site, sums, counts[site.index], rounds.get(site.kind, 1), damping)
+        place = _place(program, site, sums, removals, meter)
+        places.append(place)
+        chosen = next((level for level in place.levels if level.count == middle[site.index]), place.levels[0])
+        expected |= chosen.weights(program)
+    return places, blocked
+
+
+def _unfit(program: Program, site: ChannelSite) -> str:
+    if site.unread or not site.consumers:
+        return site.unread[0] if site.unread else "no operator sums over its channels"
+    shared = [c for c in site.consumers if other_readers(program, c)]
+    return f"weight '{shared[0].weight}' is read by several operators" if shared else site.group.zero_reason
+
+
+def _pruned(
+    program: Program,
+    site: ChannelSite,
+    sums: Mapping[Consumer, Sums],
+    counts: Sequence[int],
+    rounds: int,
+    damping: float,
+) -> list[Removal]:
+    """Remove atoms from all consumers at once."""
+    weights, grams, targets, groups = [], [], [], []
+    offset = 0
+    for consumer in site.consumers:
+        seen = sums[consumer]
+        if not seen.count or seen.gram is None or seen.cross is None or not bool(seen.gram.isfinite().all()):
+            raise PreconditionError(
+                f"what {site.label} reads on the calibration data "
+                + ("holds NaN or infinity" if seen.count else "has no position that counts"),
+                node=consumer.operand.name,
+                origin=consumer.origin,
+                remedy="look at the calibration data and the weights",
+            )
+        weight = weight_matrix(program, consumer).double()
+        weights.append(weight)
+        grams.append(seen.gram / seen.count)
+        targets.append(seen.cross / seen.count @ weight.T)
+        groups.append(atom_columns(site, consumer) + offset)
+        offset += weight.shape[1]
+    return remove_groups(
+        torch.block_diag(*weights),
+        torch.block_diag(*grams),
+        torch.cat(groups, 1),
+        counts,
+        target=torch.block_diag(*targets),
+        rounds=rounds,
+        damping=damping,
+    )
+
+
+def _place(
+    program: Program, site: ChannelSite, sums: Mapping[Consumer, Sums], removals: Sequence[Removal], meter: Meter
+) -> Place:
+    whole = meter.cut(site, range(site.size))
+    order = np.array(removals[-1].removed, dtype=np.int64)
+    levels = [Level("untouched", round(whole), 0.0)]
+    for removal in removals:
+        replaced: dict[str, Weight] = {}
+        error, row, column = 0.0, 0, 0
+        for consumer in site.consumers:
+            old = weight_matrix(program, consumer)
+            rows, columns = old.shape
+            new = removal.weight[row : row + rows, column : column + columns]
+            row, column = row + rows, column + columns
+            replaced[consumer.weight] = with_weight_matrix(program, consumer, new)
+            error += _error(old.double(), new.double(), sums[consumer])
+        count = len(removal.removed)
+        cost = round(whole - meter.cut(site, removal.removed))
+        levels.append(
+            Level(f"{count} of {site.size} cut", cost, error, site=site, order=order, count=count, replaced=replaced)
+        )
+    return Place(site.kind, site.label, site.block, tuple(levels), site.first, site.index)
+
+
+def _error(old: torch.Tensor, new: torch.Tensor, sums: Sums) -> float:
+    """Squared error of a layer relative to its own output on what it reads now: a number comparable over layers."""
+    assert sums.gram is not None
+    change = new - old
+    lost, whole = (float((w @ sums.gram * w).sum()) for w in (change, old))
+    return max(lost, 0.0) / whole if whole > 0 else (0.0 if lost <= 0 else math.inf)

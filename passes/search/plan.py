@@ -1,0 +1,190 @@
+"""Plans: what is removed and what stays, and why, as data that can be saved, inspected, edited and applied again.
+
+A plan names places by kind and number, never by a name of the model, so that it fits the same model from PyTorch, from
+ONNX and from a saved program. It says how many units each place has and what reads them; a plan for another model is
+refused. Applying is deterministic: the same plan, program and calibration data give the same weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ...ir.errors import ExportError, InputError
+
+FORMAT = "graphlathe-plan"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What happens at one place.
+
+    Attributes:
+        kind: a kind of channels (`sites.KINDS`), ``drop-block``, ``drop-attention`` or ``drop-mlp`` for units of a
+            stream, or ``linear`` for the weight of a linear layer.
+        index: its number among those of its kind, in graph order.
+        label: for reports.
+        block: the number of its block over all streams, or None.
+        units: how many units it has (channels, heads; 1 for what can only be dropped).
+        removed: the units that go.
+        level: how a weight is stored, for ``linear``: ``nonzeros=1024``, ``bits=4``, ``rank=64``.
+        reason: why these.
+        scores: the score of every unit, where there are some.
+    """
+
+    kind: str
+    index: int
+    label: str
+    block: int | None
+    units: int
+    removed: tuple[int, ...] = ()
+    level: str = ""
+    reason: str = ""
+    scores: tuple[float, ...] | None = None
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """The units that stay."""
+        gone = set(self.removed)
+        return tuple(unit for unit in range(self.units) if unit not in gone)
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything happens here."""
+        return bool(self.removed) or bool(self.level)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A set of decisions.
+
+    Attributes:
+        decisions: one for every place that was looked at.
+        made_by: the text of the pass.
+        compensation: how the rest makes up for what is removed; needed to apply the plan again.
+        program: fingerprint of the program that it was made for.
+        budget: unit, limit, before, after.
+        search: the history of the search, for pictures; None where there was none.
+        blocked: why other places could not be touched, with counts.
+    """
+
+    decisions: tuple[Decision, ...]
+    made_by: str = ""
+    compensation: str = "none"
+    program: str = ""
+    budget: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    search: Mapping[str, Any] | None = None
+    blocked: Mapping[str, int] = field(default_factory=dict[str, int])
+
+    @property
+    def changes(self) -> list[Decision]:
+        """The decisions that change something."""
+        return [decision for decision in self.decisions if decision.changes]
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON data."""
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "made_by": self.made_by,
+            "compensation": self.compensation,
+            "program": self.program,
+            "budget": dict(self.budget),
+            "sites": [{**asdict(d), "removed": list(d.removed), "kept": list(d.kept)} for d in self.decisions],
+            "blocked": dict(self.blocked),
+            "search": self.search,
+        }
+
+    @classmethod
+    def from_json(cls, data: Any, where: str = "the plan") -> Plan:
+        """A plan from JSON data; ``kept`` is there to be read and is not looked at.
+
+        Args:
+            data: what `to_json` gave, perhaps edited.
+            where: what to call it in errors.
+
+        Raises:
+            InputError: it is no plan, or a decision makes no sense.
+        """
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise InputError(f"{where} is no plan", expected=f"an object whose format is {FORMAT!r}")
+        if data.get("version") != VERSION:
+            raise InputError(f"{where} has version {data.get('version')!r}", expected=f"version {VERSION}")
+        sites = data.get("sites")
+        if not isinstance(sites, list):
+            raise InputError(f"{where} has no list of sites")
+        return cls(
+            decisions=tuple(_decision(site, f"site {number} of {where}") for number, site in enumerate(sites)),
+            made_by=str(data.get("made_by", "")),
+            compensation=str(data.get("compensation", "none")),
+            program=str(data.get("program", "")),
+            budget=data.get("budget") or {},
+            search=data.get("search"),
+            blocked=data.get("blocked") or {},
+        )
+
+    def save(self, path: Path) -> None:
+        """Write the plan as JSON; the file appears complete or not at all.
+
+        Raises:
+            ExportError: it cannot be written.
+        """
+        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            beside.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+            beside.replace(path)
+        except OSError as error:
+            beside.unlink(missing_ok=True)
+            raise ExportError(f"cannot write the plan '{path}': {error}", remedy="choose another path") from error
+
+    @classmethod
+    def load(cls, path: Path) -> Plan:
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: the file cannot be read, or holds no plan.
+        """
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"cannot read the plan '{path}': {error}", expected="a JSON file") from error
+        return cls.from_json(data, f"'{path}'")
+
+    def with_budget(self, **figures: Any) -> Plan:
+        """The plan with more figures in its budget."""
+        return replace(self, budget={**self.budget, **figures})
+
+
+_FIELDS = {"kind": str, "index": int, "units": int, "removed": list}
+
+
+def _decision(data: Any, where: str) -> Decision:
+    if not isinstance(data, dict):
+        raise InputError(f"{where} is a {type(data).__name__}", expected="an object")
+    for name, kind in _FIELDS.items():
+        value = data.get(name)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise InputError(f"{where}: '{name}' is {value!r}", expected=f"a {kind.__name__}")
+    units = data["units"]
+    removed: Sequence[Any] = data["removed"]
+    wrong = [u for u in removed if not isinstance(u, int) or isinstance(u, bool) or not 0 <= u < units]
+    if wrong or len(set(removed)) < len(removed):
+        what = f"{wrong[0]!r} is no unit" if wrong else "a unit is named twice"
+        raise InputError(f"{where}: cannot remove {list(removed)[:8]}: {what}", expected=f"units 0 to {units - 1}")
+    scores = data.get("scores")
+    return Decision(
+        kind=data["kind"],
+        index=data["index"],
+        label=str(data.get("label", "")),
+        block=data.get("block"),
+        units=units,
+        removed=tuple(sorted(removed)),
+        level=str(data.get("level", "")),
+        reason=str(data.get("reason", "")),
+        scores=tuple(float(s) for s in scores) if isinstance(scores, list) else None,
+    )

@@ -1,0 +1,239 @@
+"""Compensation over a whole model: what is left of each consumer is fitted so that its output stays what it was.
+
+The sites are walked in graph order. At each, two flows are compared on the calibration data: what the consumer reads in
+the unchanged model, ``x``, and what it reads now that everything before it is changed, ``z``. The columns that stay are
+chosen for ``z`` so that the output is that of the unchanged layer on ``x``: errors of earlier layers are corrected
+instead of being passed on (the accumulation of expected errors of Tyr; GPTQ-style methods fit ``z`` to itself).
+With ``sequential`` off both are the unchanged flow, as in FLAP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import fx
+
+from ...ir.errors import PreconditionError
+from ...ir.program import Program
+from ...ir.structure import Structure
+from ...ir.weights import Weight
+from ..base import Batch, Context
+from ..fidelity import position_mask
+from .biases import bias_of
+from .compensation.base import Compensated
+from .compensation.bias import bias
+from .compensation.least_squares import least_squares
+from .compensation.mask_tuning import mask_tuning
+from .consumers import Consumer, columns_labels, input_rows, other_readers, weight_matrix, with_weight_matrix
+from .flow import Walk
+from .levels import zeroed
+from .sites import ChannelSite
+
+Cut = tuple[ChannelSite, tuple[int, ...]]
+
+
+@dataclass
+class Sums:
+    """What is known of a consumer's inputs, in float64; sums over rows, so that batches (and workers) add up.
+
+    Attributes:
+        count: rows.
+        now, before: [in], sums of ``z`` and of ``x``.
+        gram: [in, in], sum of ``z^T z``; None where only means are needed.
+        cross: [in, in], sum of ``z^T x``.
+    """
+
+    count: int = 0
+    now: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
+    before: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
+    gram: torch.Tensor | None = None
+    cross: torch.Tensor | None = None
+
+    def add(self, z: torch.Tensor, x: torch.Tensor, products: bool) -> None:
+        """Add rows [rows, in] of both flows."""
+        z, x = z.double(), x.double()
+        self.count += len(z)
+        self.now, self.before = self.now + z.sum(0), self.before + x.sum(0)
+        if products:
+            gram, cross = z.T @ z, z.T @ x
+            self.gram = gram if self.gram is None else self.gram + gram
+            self.cross = cross if self.cross is None else self.cross + cross
+
+
+@dataclass(frozen=True)
+class Method:
+    """A compensation.
+
+    Attributes:
+        fit: ``(weight [out, in], kept columns, unit of each column, sums) -> Compensated``.
+        products: whether it needs Gram matrices; means alone otherwise.
+        bias: whether it adds to the consumers' biases.
+    """
+
+    fit: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Sums], Compensated]
+    products: bool
+    bias: bool
+
+
+def _bias(weight: torch.Tensor, kept: torch.Tensor, units: torch.Tensor, sums: Sums) -> Compensated:
+    return bias(weight, kept, sums.before / sums.count)
+
+
+def _moments(weight: torch.Tensor, sums: Sums) -> dict[str, torch.Tensor]:
+    """Centred statistics: means, covariance of ``z``, covariance of ``z`` with the wanted output."""
+    assert sums.gram is not None and sums.cross is not None
+    z, x = sums.now / sums.count, sums.before / sums.count
+    w = weight.double()
+    return {
+        "mean": z,
+        "gram": sums.gram / sums.count - torch.outer(z, z),
+        "target": (sums.cross / sums.count - torch.outer(z, x)) @ w.T,
+        "target_mean": w @ x,
+    }
+
+
+def _least_squares(weight: torch.Tensor, kept: torch.Tensor, units: torch.Tensor, sums: Sums) -> Compensated:
+    return least_squares(weight, kept, **_moments(weight, sums))
+
+
+def _mask_tuning(weight: torch.Tensor, kept: torch.Tensor, units: torch.Tensor, sums: Sums) -> Compensated:
+    return mask_tuning(weight, kept, groups=units, **_moments(weight, sums))
+
+
+METHODS: dict[str, Method] = {
+    "bias": Method(_bias, products=False, bias=True),
+    "least-squares": Method(_least_squares, products=True, bias=True),
+    "mask-tuning": Method(_mask_tuning, products=True, bias=True),
+}
+"""Compensations by name; ``none`` needs no walk."""
+
+
+@dataclass
+class Refit:
+    """What compensation gives.
+
+    Attributes:
+        weights: weights of unchanged shape: zero where it was cut, fitted elsewhere, and biases.
+        skipped: why consumers were left as they are, with counts.
+        notes: what the method says.
+    """
+
+    weights: dict[str, Weight] = field(default_factory=dict[str, Weight])
+    skipped: dict[str, int] = field(default_factory=dict[str, int])
+    notes: list[str] = field(default_factory=list[str])
+
+
+def refit(
+    program: Program,
+    found: Structure,
+    cuts: Sequence[Cut],
+    alias: Mapping[fx.Node, fx.Node],
+    ctx: Context,
+    method: str,
+    *,
+    sequential: bool = True,
+) -> Refit:
+    """Fit what is left of the consumers of sites that will be cut.
+
+    Args:
+        program: the program before the cut; its consumers have biases where the method adds to them.
+        found: its structure.
+        cuts: sites with the atoms that go.
+        alias: values that are replaced by earlier ones (dropped units).
+        ctx: calibration batches.
+        method: a name out of `METHODS`.
+        sequential: whether later layers see what was done to earlier ones.
+
+    Raises:
+        PreconditionError: there is no calibration data, or it holds NaN or infinity.
+    """
+    if not ctx.calibration:
+        raise PreconditionError(
+            f"the compensation '{method}' needs calibration data", remedy="pass calibration= (or --calibration FILE)"
+        )
+    how, result = METHODS[method], Refit()
+    cuts = sorted(((site, removed) for site, removed in cuts if removed), key=lambda cut: cut[0].first)
+    masked = {name: weight for site, removed in cuts for name, weight in zeroed(program, site, removed).items()}
+    dense = [Walk(program, found, batch) for batch in ctx.calibration]
+    now = [Walk(program, found, batch, alias) for batch in ctx.calibration]
+    for site, removed in ctx.progress(cuts, len(cuts), f"compensation: {method}"):
+        work = [c for c in site.consumers if _usable(program, site, c, how, result)]
+        if not work:
+            continue
+        sums = {consumer: Sums() for consumer in work}
+        operands = {consumer.operand for consumer in work}
+        for batch, before, after in zip(ctx.calibration, dense, now, strict=True):
+            x = before.values(operands, {}, site.first)
+            z = after.values(operands, {**masked, **result.weights}, site.first) if sequential else x
+            for consumer in work:
+                rows = (
+                    counted_rows(consumer, batch, z[consumer.operand]),
+                    counted_rows(consumer, batch, x[consumer.operand]),
+                )
+                sums[consumer].add(*rows, how.products)
+        for consumer in work:
+            _fit(program, site, removed, consumer, sums[consumer], how, result)
+    for site, removed in cuts:
+        for name, weight in zeroed(program, site, removed).items():
+            result.weights.setdefault(name, weight)
+    return result
+
+
+def _fit(
+    program: Program,
+    site: ChannelSite,
+    removed: Collection[int],
+    consumer: Consumer,
+    sums: Sums,
+    how: Method,
+    result: Refit,
+) -> None:
+    finite = bool(sums.now.isfinite().all() and sums.before.isfinite().all())
+    if not finite or not sums.count:
+        what = "holds NaN or infinity" if sums.count else "has no position that counts"
+        raise PreconditionError(
+            f"what {site.label} reads on the calibration data {what}",
+            node=consumer.operand.name,
+            origin=consumer.origin,
+            remedy="look at the calibration data and the weights",
+        )
+    labels = columns_labels(consumer)
+    kept = torch.from_numpy(~np.isin(labels, np.fromiter(removed, dtype=np.int64)))
+    matrix = weight_matrix(program, consumer)
+    fitted = how.fit(matrix, kept, torch.from_numpy(labels), sums)
+    result.weights[consumer.weight] = with_weight_matrix(program, consumer, fitted.weight)
+    result.notes += [f"{site.label}: {note}" for note in fitted.notes]
+    name = bias_of(consumer)
+    if fitted.bias is not None and name is not None:
+        old = program.weights[name].tensor()
+        result.weights[name] = Weight.from_tensor((old.double() + fitted.bias.double()).to(old.dtype))
+
+
+def _usable(program: Program, site: ChannelSite, consumer: Consumer, how: Method, result: Refit) -> bool:
+    reason = ""
+    if site.unread:
+        reason = site.unread[0]
+    elif other_readers(program, consumer):
+        reason = f"weight '{consumer.weight}' is read by several operators"
+    elif how.bias and bias_of(consumer) is None:
+        reason = f"%{consumer.node.name} has no bias"
+    elif not site.group.zeroable:
+        reason = site.group.zero_reason
+    elif consumer.weight in result.weights and site.kind != "channels":
+        reason = f"weight '{consumer.weight}' is fitted already"
+    if reason:
+        result.skipped[reason] = result.skipped.get(reason, 0) + 1
+    return not reason
+
+
+def counted_rows(consumer: Consumer, batch: Batch, value: torch.Tensor) -> torch.Tensor:
+    """The rows of an operand that count: not those of positions that a mask hides."""
+    rows = input_rows(consumer, value)
+    if value.dim() == 3 and consumer.channel_dim % 3 == 2:
+        mask = position_mask(batch, value.shape[:2], inside=True)
+        if mask is not None:
+            rows = rows[mask.reshape(-1) != 0]
+    return rows

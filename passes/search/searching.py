@@ -1,0 +1,141 @@
+"""The evolutionary search over the places of a program: candidates, seeds, workers, journal."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...ir.errors import GraphlatheError, PreconditionError
+from ...ir.program import Program
+from ..base import Batch, Context
+from .allocators.evolution import Outcome, Settings, evolve
+from .allocators.global_threshold import global_threshold
+from .allocators.greedy import greedy
+from .allocators.knapsack import knapsack
+from .allocators.table import LevelTable, State
+from .allocators.uniform import uniform
+from .candidates import Candidates
+from .executors import Evaluations, InProcess
+from .journal import Journal
+from .levels import Place
+from .objective import TOP
+from .workspace import write_workspace
+
+_CHEAP = {"uniform": uniform, "global-threshold": global_threshold, "greedy": greedy, "knapsack": knapsack}
+
+
+def cheap_states(table: LevelTable, limit: float) -> dict[str, State]:
+    """What every allocator that runs nothing makes of a table; those that need estimates only where there are some."""
+    found: dict[str, State] = {"uniform": uniform(table, limit).state}
+    if all(error is not None for row in table.errors for error in row):
+        found |= {name: call(table, limit).state for name, call in _CHEAP.items() if name not in found}
+    return found
+
+
+def search(
+    program: Program,
+    places: Sequence[Place],
+    table: LevelTable,
+    limit: float,
+    batches: Sequence[Batch],
+    ctx: Context,
+    settings: Settings,
+    seeds: dict[str, State],
+) -> tuple[Outcome, dict[str, Any]]:
+    """Evolve a state, on whatever runs evaluations, and with whatever journal the context has.
+
+    Args:
+        program: the program that candidates are compared with.
+        places: its places.
+        table: their costs.
+        limit: what the whole may cost.
+        batches: the data, batch by batch; the stages of ``settings`` take the first so many of them.
+        ctx: ``executor``, ``workspace`` and ``journal`` are used. A journal is told by what is evaluated, not by how it
+            is searched: a search with more generations goes on where another one ended.
+        settings: how to search.
+        seeds: named states to start from.
+
+    Returns:
+        The outcome, and the history for the plan and its pictures.
+
+    Raises:
+        PreconditionError: there is less data than the last stage needs.
+        InputError: the journal is damaged.
+    """
+    wanted = settings.stages[-1].batches
+    if len(batches) < wanted:
+        raise PreconditionError(
+            f"the search judges on {wanted} batches, but there are {len(batches)}",
+            remedy="give more calibration data, or smaller stages",
+        )
+    batches = batches[:wanted]
+    journal = None
+    if ctx.journal is not None:
+        of = _fingerprint(program, places, batches)
+        name = hashlib.sha256(repr(sorted(of.items())).encode()).hexdigest()[:16]
+        ctx.journal.mkdir(parents=True, exist_ok=True)
+        journal = Journal.open(ctx.journal / f"{name}.jsonl", of)
+    seeds = {name: state for name, state in seeds.items() if table.cost(state) <= limit}
+    with tempfile.TemporaryDirectory(prefix="graphlathe-search-") as folder:
+        local = None
+        if ctx.executor is None or isinstance(ctx.executor, InProcess):
+            evaluate = local = Candidates(program, places, ctx.structure(program), batches)
+        else:
+            home = Path(folder) if ctx.workspace is None else ctx.workspace
+            evaluate = write_workspace(home / "evaluate", program, places, batches)
+        with Evaluations(evaluate, executor=ctx.executor, journal=journal) as evaluations:
+            outcome = evolve(table, limit, evaluations, list(seeds.values()), settings, ctx.progress)
+    return outcome, _history(outcome, seeds, local)
+
+
+def _history(outcome: Outcome, seeds: dict[str, State], local: Candidates | None) -> dict[str, Any]:
+    """What the plan keeps of a search."""
+    origin: dict[State, str] = {}
+    for name, state in seeds.items():
+        origin.setdefault(state, f"seed: {name}")
+    return {
+        "history": [
+            {"generation": row.number, "evaluations": row.evaluations, "best": row.score, "cost": row.cost}
+            for row in outcome.history
+        ],
+        "evaluated": [
+            {"cost": p.cost, "score": p.score, "origin": origin.get(p.state, "mutation")} for p in outcome.points
+        ],
+        "chosen": {"cost": outcome.cost, "score": outcome.score},
+        "evaluations": outcome.evaluations,
+        "tokens": None if local is None else round(local.tokens),
+        "stopped": outcome.stopped,
+    }
+
+
+def _fingerprint(program: Program, places: Sequence[Place], batches: Sequence[Batch]) -> dict[str, str]:
+    """What must be equal for two searches to give equal scores."""
+    levels = hashlib.sha256()
+    for place in places:
+        for level in place.levels:
+            levels.update(f"{place.kind} {place.index} {level.label} {level.removed}".encode())
+            for name, weight in level.replaced.items():
+                levels.update(f"{name} {weight.digest()}".encode())
+    data = hashlib.sha256()
+    for batch in batches:
+        for name, value in _tensors(batch):
+            data.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            data.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return {
+        "program": program.fingerprint(),
+        "levels": levels.hexdigest()[:16],
+        "data": data.hexdigest()[:16],
+        "objective": f"divergence of the {TOP} most probable entries, else relative error",
+    }
+
+
+def _tensors(batch: Batch) -> Iterable[tuple[str, torch.Tensor]]:
+    for name, value in sorted(batch.items()):
+        if not isinstance(value, torch.Tensor):
+            raise GraphlatheError(f"input '{name}' is a {type(value).__name__}", expected="a tensor")
+        yield name, value

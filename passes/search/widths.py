@@ -1,0 +1,118 @@
+"""Places with widths: channel sites whose least important atoms go first, and branches that may go whole."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+from torch import fx
+
+from ...ir.program import Program
+from ...ir.structure import Structure
+from .budget import Meter
+from .levels import Level, Place
+from .sites import ChannelSite
+from .units import Unit, removable_units
+
+
+def width_place(
+    program: Program,
+    site: ChannelSite,
+    scores: np.ndarray,
+    meter: Meter,
+    *,
+    steps: int | None,
+    floor: float = 0.0,
+    multiple: int = 1,
+    weighted: bool = False,
+    drop: Unit | None = None,
+) -> Place:
+    """A channel site as a place: each level removes more of its least important atoms.
+
+    Args:
+        program: the program.
+        site: the site.
+        scores: float64 [atoms]; the lowest go first, of equals the last.
+        meter: counts what a level saves.
+        steps: how many levels besides the untouched one, evenly spaced from one atom to all that may go; None: one for
+            each number of atoms.
+        floor: the share of the atoms that stays at least (at least one does).
+        multiple: how many atoms stay is a multiple of this, where anything is cut: kernels run at full speed only at
+            round sizes.
+        weighted: whether an atom's harm is its score times what it saves, so that scores alone decide under an
+            allocator that compares harm per saving.
+        drop: the branch that the site lies in, as a further and last level that drops it.
+    """
+    size = site.size
+    order = np.lexsort((-np.arange(size), scores))
+    most = size - max(1, math.ceil(floor * size - 1e-9))
+    counts = (
+        range(1, most + 1) if steps is None else sorted({round(most * i / steps) for i in range(1, steps + 1)} - {0})
+    )
+    if multiple > 1:
+        kept = {max(multiple, (size - count) // multiple * multiple) for count in counts}
+        counts = sorted({size - each for each in kept if each < size} - {0})
+    whole = meter.cut(site, range(size))
+    # All atoms consist of the same elements, so savings grow evenly, unless one weight is cut along two dimensions.
+    names = [member.weight for member in site.group.members]
+    each = whole / size if len(set(names)) == len(names) else None
+    harms = np.concatenate([[0.0], np.cumsum(scores[order])])
+    levels = [Level("untouched", round(whole), 0.0)]
+    for count in counts:
+        saved = each * count if each is not None else meter.cut(site, order[:count].tolist())
+        harm = float(harms[count]) * (saved / count if weighted else 1.0)
+        label = f"{count} of {size} cut"
+        levels.append(Level(label, round(whole - saved), harm, site=site, order=order, count=count))
+    first = site.first
+    if drop is not None:
+        positions = {node: i for i, node in enumerate(program.graph.nodes)}
+        whole_branch = meter.drop([drop])
+        # What only a drop saves (norms) belongs to every other level.
+        levels = [_dearer(level, whole_branch - whole) for level in levels]
+        levels.append(Level("dropped", 0, drop=drop))
+        first = min(first, positions[drop.replaced])
+    return Place(site.kind, site.label, site.block, tuple(levels), first, site.index, tuple(float(s) for s in scores))
+
+
+def drop_places(
+    program: Program, found: Structure, granularity: str, meter: Meter
+) -> tuple[list[Place], dict[str, int]]:
+    """Units of a stream as places with two levels, and why others cannot be dropped, with counts."""
+    positions = {node: i for i, node in enumerate(program.graph.nodes)}
+    homes = _blocks(found)
+    places: list[Place] = []
+    blocked: dict[str, int] = {}
+    for unit in removable_units(found, granularity):
+        if unit.blocked:
+            blocked[unit.blocked] = blocked.get(unit.blocked, 0) + 1
+            continue
+        levels = (Level("untouched", round(meter.drop([unit]))), Level("dropped", 0, drop=unit))
+        block = unit.index if granularity == "block" else homes.get(unit.replaced)
+        places.append(Place(f"drop-{granularity}", unit.label, block, levels, positions[unit.replaced], unit.index))
+    return places, blocked
+
+
+def branch_of(site: ChannelSite, found: Structure, granularity: str) -> Unit | None:
+    """The droppable branch that holds all consumers of a site, if there is one."""
+    units = [unit for unit in removable_units(found, granularity) if not unit.blocked]
+    inside = {
+        branch.add: {*branch.nodes, branch.output}
+        for stream in found.streams
+        for block in stream.blocks
+        for branch in block.branches
+    }
+    for unit in units:
+        nodes = inside.get(unit.replaced, set[fx.Node]())
+        if site.consumers and all(consumer.node in nodes for consumer in site.consumers):
+            return unit
+    return None
+
+
+def _blocks(found: Structure) -> dict[fx.Node, int]:
+    numbered = enumerate(block for stream in found.streams for block in stream.blocks)
+    return {branch.add: number for number, block in numbered for branch in block.branches}
+
+
+def _dearer(level: Level, more: float) -> Level:
+    return replace(level, cost=level.cost + round(more))
