@@ -109,6 +109,8 @@ class _Zeros:
                 return self._layer(args["weight"], args["x"], args["bias"])
             case "_grouped_mm" | "transformers.grouped_mm_fallback" | "transformers.grouped_mm":
                 return any(map(self._of, operands[:2]))
+            case "embedding":
+                return self._of(args["weight"])
             case "masked_fill":
                 return self._of(args["self"]) and self._of(args["value"])
             case "where":
