@@ -8,8 +8,12 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
+from torch import fx
+
 from ...ir.axes import cut_all
+from ...ir.axes.rescale import rescale_norms
 from ...ir.errors import PreconditionError
+from ...ir.execute import needed
 from ...ir.program import Program
 from ...ir.rewrite import Rewriter
 from ..base import Context
@@ -17,7 +21,7 @@ from .biases import give_bias
 from .linear_apply import KIND as LINEAR
 from .linear_apply import apply_linear
 from .plan import Decision, Plan
-from .refit import METHODS, Cut, refit
+from .refit import METHODS, Cut, refit, why_not_fitted
 from .sites import KINDS, ChannelSite, channel_sites
 from .units import GRANULARITIES, Unit, removable_units, replacements
 
@@ -85,7 +89,7 @@ def apply_plan(
     cuts, units = resolve(program, others, ctx, made_by)
     method = METHODS.get(plan.compensation)
     if method is not None and cuts:
-        if method.bias and _give_biases(rewriter, cuts):
+        if method.bias and _give_biases(rewriter, cuts, needed(program.graph, (), replacements(units))):
             cuts, units = resolve(program, others, ctx, made_by)
         if fit:
             found = ctx.structure(program)
@@ -95,21 +99,44 @@ def apply_plan(
             result.skipped = fitted.skipped
             result.notes += fitted.notes
     # Units are dropped last: groups hold the names of their operators.
-    for chosen in _rounds(cuts):
-        pairs = [(site.group, _kept(site, removed)) for site, removed in chosen]
-        if result.cut:
-            pairs = [(again.group, _kept(again, removed)) for again, removed in _again(program, chosen, ctx, made_by)]
-        cut_all(program, pairs, made_by=made_by)
-        result.cut += len(chosen)
+    result.notes += cut_sites(program, cuts, ctx, made_by)
+    result.cut = len(cuts)
     drop(rewriter, units)
     result.dropped = len(units)
     return result
 
 
+def cut_sites(program: Program, cuts: Sequence[Cut], ctx: Context, made_by: str) -> list[str]:
+    """Cut sites that were found together, in place; those that cut one dimension of a value one after the other.
+
+    Norms over a stream that is cut go on dividing by the old number of channels where that has a form (RMSNorm), so
+    that cutting is zeroing.
+
+    Returns:
+        Where cutting is not zeroing, and why.
+
+    Raises:
+        PreconditionError: as `ir.axes.cut_all`, or a site is gone after others were cut.
+        VerifyError: as `ir.axes.cut`.
+    """
+    notes: list[str] = []
+    for number, chosen in enumerate(_rounds(cuts)):
+        found = _again(program, chosen, ctx, made_by) if number else chosen
+        pairs = [(site.group, _kept(site, removed)) for site, removed in found]
+        for site, (group, keep) in zip((site for site, _ in found), pairs, strict=True):
+            if not group.zeroable and len(keep) < group.size:
+                missed = rescale_norms(program, group, keep, Rewriter(program, made_by, group.entry))
+                notes += [f"{site.label}: {missed[0]} ({len(missed)}x)"] if missed else []
+        cut_all(program, pairs, made_by=made_by)
+    return notes
+
+
 def drop(rewriter: Rewriter, units: Collection[Unit]) -> None:
     """Replace each unit's value by the value before it, and erase what nothing reads any more."""
-    # From the last to the first, so that a unit that replaces another's value is still in place when it is read.
-    for unit in sorted(units, key=lambda u: u.index, reverse=True):
+    # From the last to the first: what reads a unit that is dropped later on is then read from before both. Numbers do
+    # not tell the order, since blocks, attention and MLPs have their own.
+    position = {node: i for i, node in enumerate(rewriter.graph.nodes)}
+    for unit in sorted(units, key=lambda u: position[u.replaced], reverse=True):
         rewriter.replace(unit.replaced, unit.by, erase=False)
     rewriter.erase_dead()
 
@@ -156,13 +183,19 @@ def resolve(
 
 
 def _unit(units: Sequence[Unit], decision: Decision, made_by: str) -> Unit:
-    if decision.index >= len(units):
+    if not 0 <= decision.index < len(units):
         raise PreconditionError(
             f"the plan does not fit: there is no {DROPS[decision.kind]} {decision.index}",
             pass_name=made_by,
             expected=f"0 to {len(units) - 1}",
         )
     unit = units[decision.index]
+    if decision.units != 1:
+        raise PreconditionError(
+            f"the plan does not fit: '{decision.label}' ({decision.kind} {decision.index}) has 1 unit here",
+            pass_name=made_by,
+            expected=f"{decision.units} units",
+        )
     if unit.blocked:
         raise PreconditionError(
             f"{unit.label} cannot be dropped: {unit.blocked}", pass_name=made_by, node=unit.replaced.name
@@ -175,12 +208,16 @@ def _kept(site: ChannelSite, removed: Collection[int]) -> list[int]:
     return [atom for atom in range(site.size) if atom not in gone]
 
 
-def _give_biases(rewriter: Rewriter, cuts: Sequence[Cut]) -> int:
-    """Biases for the consumers of cut sites; returns how many changes that took."""
+def _give_biases(rewriter: Rewriter, cuts: Sequence[Cut], alive: Collection[fx.Node]) -> int:
+    """Biases for the consumers that will be fitted; returns how many changes that took."""
     before = rewriter.mutations
+    given: set[fx.Node] = set()
     for site, removed in cuts:
         for consumer in site.consumers if removed else ():
-            give_bias(rewriter, consumer)
+            fitted = consumer.node in alive and not why_not_fitted(rewriter.program, site, consumer)
+            if fitted and consumer.node not in given:
+                given.add(consumer.node)  # its description is from before it had a bias
+                give_bias(rewriter, consumer)
     return rewriter.mutations - before
 
 

@@ -15,14 +15,24 @@ with a tighter limit where it is not small enough.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+import torch
+from sympy import Integer
 from torch import fx
+from torch.fx.node import map_arg
 
+from ...ir.axes.space import Index
+from ...ir.cost_rules import macs_of
+from ...ir.dims import size_expr
 from ...ir.execute import needed
 from ...ir.program import Program
 from ..base import Context
-from .biases import bias_of
+from .biases import bias_type, own_bias, why_no_bias
+from .refit import why_not_fitted
 from .sites import ChannelSite
 from .units import Unit
 
@@ -71,23 +81,59 @@ class Meter:
                 share = len(np.unique(member.index[gone])) / size
                 left[member.weight] = left.get(member.weight, 1.0) * (1 - share)
             return sum(self.weight(name) * (1 - share) for name, share in left.items())
-        shares = {place: float(np.isin(label, gone).mean()) for place, label in site.group.places.items()}
+        shares = {place: _left(label, gone) for place, label in site.group.places.items()}
+        touched = {name for name, _ in shares}
         for node in self.program.entries[site.group.entry].graph.nodes:
             macs = self._macs.get(node.name)
-            if macs:
-                here = [shares.get((n.name, dim)) for n in (node, *node.all_input_nodes) for dim in range(_rank(n))]
-                saved += macs * max((share for share in here if share is not None), default=0.0)
+            if macs and any(n.name in touched for n in (node, *node.all_input_nodes)):
+                saved += macs * (1 - self._share(node, shares))
         return saved
+
+    def _share(self, node: fx.Node, left: Mapping[tuple[str, int], Fraction]) -> float:
+        """The share of an operator's MACs that is left when some dimensions of its values shrink."""
+        before, after = (int(macs_of(self._resized(node, shares)) or 0) for shares in ({}, left))
+        return after / before if before else 1.0
+
+    def _resized(self, node: fx.Node, left: Mapping[tuple[str, int], Fraction]) -> fx.Node:
+        """An operator of its own graph with what the rules for costs look at: plain sizes, some of them smaller."""
+        graph = fx.Graph()
+        operands: dict[fx.Node, fx.Node] = {}
+        for value in node.all_input_nodes:
+            operands[value] = graph.placeholder(value.name)
+            operands[value].meta = {"val": self._shape(value, left)}
+        args, kwargs = map_arg((node.args, node.kwargs), operands.__getitem__)
+        assert callable(node.target)
+        new = graph.call_function(node.target, args, kwargs)
+        new.meta = {"val": self._shape(node, left)}
+        return new
+
+    def _shape(self, node: fx.Node, left: Mapping[tuple[str, int], Fraction]) -> Any:
+        value = node.meta.get("val")
+        if not isinstance(value, torch.Tensor):
+            return value
+        sizes = [
+            int(expr.xreplace({s: self._size(s) for s in expr.free_symbols})) for expr in map(size_expr, value.shape)
+        ]
+        shape = tuple(int(size * left.get((node.name, dim), 1)) for dim, size in enumerate(sizes))
+        return SimpleNamespace(shape=shape, dtype=value.dtype)
+
+    def _size(self, symbol: Any) -> Any:
+        dims = self.program.main.dims.by_name
+        return next(
+            (Integer(self.sizes.get(name, dim.hint)) for name, dim in dims.items() if dim.symbol == symbol), Integer(1)
+        )
 
     def biases(self, sites: Sequence[ChannelSite]) -> int:
         """What biases cost that compensation may add to the consumers of sites."""
-        bare = {consumer.node: consumer for site in sites for consumer in site.consumers if bias_of(consumer) is None}
-        size = 0
-        for consumer in bare.values():
-            weight = self.program.weights[consumer.weight]
-            outputs = weight.numel // weight.shape[consumer.weight_dim] if len(weight.shape) == 2 else weight.shape[0]
-            size += outputs * {"params": 1, "bytes": weight.dtype.itemsize}.get(self.unit, 0)
-        return size
+        bare = {
+            consumer.node: bias_type(consumer)
+            for site in sites
+            for consumer in site.consumers
+            if not why_not_fitted(self.program, site, consumer)
+            and own_bias(self.program, consumer) is None
+            and not why_no_bias(consumer)
+        }
+        return sum(size * {"params": 1, "bytes": dtype.itemsize}.get(self.unit, 0) for size, dtype in bare.values())
 
     def drop(self, units: Sequence[Unit]) -> float:
         """What dropping units of a stream saves."""
@@ -123,7 +169,6 @@ def sizes_of(program: Program, ctx: Context) -> dict[str, int]:
     return traced | program.check_feeds(program.feeds(**ctx.calibration[0]))
 
 
-def _rank(node: fx.Node) -> int:
-    value = node.meta.get("val")
-    shape = getattr(value, "shape", None)
-    return len(shape) if shape is not None else 0
+def _left(label: Index, gone: Index) -> Fraction:
+    """The share of a dimension that stays."""
+    return Fraction(int((~np.isin(label, gone)).sum()), len(label))

@@ -1,7 +1,7 @@
 """Candidates: what a choice of levels does to the outputs, on real data, without rewriting the program.
 
-Runs are shortened by a *prefix cache*: a candidate that leaves the first blocks as another one had them starts from that
-one's stream, so that only what comes after the first change runs. Results do not depend on what is in the cache.
+Runs are shortened by a *prefix cache*: a candidate that leaves the first blocks as another one had them starts from
+that one's stream, so that only what comes after the first change runs. Results do not depend on what is in the cache.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from ...ir.axes import cut_all
 from ...ir.program import Program
+from ...ir.rewrite import is_random
 from ...ir.structure import Structure
-from ..base import Batch
+from ..base import Batch, Context
 from ..fidelity import seeded
+from .apply import cut_sites
 from .levels import Level, Place, Trial
 from .objective import Reference, distance, keep
 
@@ -64,7 +65,9 @@ class Candidates:
         self._points = [[p for p in stream.points if p.op == "call_function"] for stream in found.streams]
         self._operators = sum(node.op == "call_function" for node in program.graph.nodes)
         self._cache: OrderedDict[_Key, torch.Tensor] = OrderedDict()
-        self._limit, self._held = cache_bytes, 0
+        # Where only a part is run, random operators would draw other numbers.
+        random = any(is_random(node) for graph in program.graphs.values() for node in graph.nodes)
+        self._limit, self._held = 0 if random else cache_bytes, 0
         self._references: dict[int, Reference] = {}
 
     def __call__(self, state: Sequence[int], batch: int) -> float:
@@ -106,12 +109,7 @@ class Candidates:
         names = {node.name: node for node in program.graph.nodes}
         program.weights = {**program.weights, **trial.weights}
         alias = {names[a.name]: names[b.name] for a, b in trial.alias.items()}
-        choices = []
-        for level in counted:
-            assert level.site is not None
-            gone = set(level.removed)
-            choices.append((level.site.group, [a for a in range(level.site.size) if a not in gone]))
-        cut_all(program, choices)
+        cut_sites(program, [(level.site, level.removed) for level in counted if level.site], Context(), "candidate")
         self.tokens += _positions(feeds)
         return seeded(lambda: program.run(feeds, alias=alias))
 
@@ -138,9 +136,11 @@ class Candidates:
             self._cache.move_to_end(key)
             return
         size = value.numel() * value.element_size()
+        if size > self._limit:
+            return
         self._cache[key] = value
         self._held += size
-        while self._held > self._limit and self._cache:
+        while self._held > self._limit:
             _, old = self._cache.popitem(last=False)
             self._held -= old.numel() * old.element_size()
 

@@ -97,13 +97,19 @@ def _plan(
     allocator: Allocator | None,
 ) -> tuple[Plan, float]:
     """A plan whose program fits the limit, and what that costs."""
+    if limit >= table.total:
+        untouched = table.levels().untouched
+        return plan_of(program, table, recipe, untouched, made_by, "fits the budget"), float(table.total)
     low, high = table.levels().cost(table.levels().smallest()), float(table.total)
     wide = (table.total - limit) * _CLOSE
-    sites = [level.site for place in table.places for level in place.levels[-1:] if level.site is not None]
-    added = table.meter.biases(sites) if recipe.compensation != "none" and limit < high else 0
+    sites = list(
+        dict.fromkeys(level.site for place in table.places for level in place.levels if level.site is not None)
+    )
+    # Costs that are added up know nothing of biases.
+    added = table.meter.biases(sites) if recipe.compensation != "none" and not table.added_up else 0
     best: tuple[Plan, float] | None = None
     aim, cost, known = max(limit - added, low), high, dict[tuple[Decision, ...], float]()
-    for _ in range(_TRIES):
+    for left in reversed(range(_TRIES)):
         plan, estimate = _choice(program, table, recipe, aim, made_by, allocator)
         if plan.decisions not in known:
             known[plan.decisions] = estimate if table.added_up else _cost(program, table, plan, ctx, name)
@@ -119,12 +125,12 @@ def _plan(
             if aim <= low:
                 break
         # As much further as the plan was off, but inside what is known to be too much and too little.
-        step = aim - (cost - limit) * 1.02 if cost > limit else (low + high) / 2
+        step = aim - (cost - limit) * (1.02 if cost > limit else 0.98)
         aim = step if low < step < high else (low + high) / 2
-        if high - low <= wide / 8:
-            if best is not None:
-                break
-            aim = low
+        if best is not None and high - low <= wide / 8:
+            break
+        if best is None and (left == 1 or high - low <= wide / 8):
+            aim = low  # what is out of reach at the smallest state is out of reach
     if best is None:
         raise out_of_reach(table, limit, cost, recipe.unit)
     return best

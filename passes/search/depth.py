@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -44,7 +45,8 @@ def depth_seeds(
             every = {unit.index: unit for unit in removable_units(found, DROPS[kind])}
             values = score(program, [every[places[n].index] for n in mine], (), data)
             for n in mine:
-                errors[n] = (0.0, max(values[places[n].index], 0.0))
+                value = values[places[n].index]
+                errors[n] = (0.0, math.inf if math.isnan(value) else max(value, 0.0))
         scored = replace(table, errors=tuple(errors))
         seeds[f"{name}, greedy"] = greedy(scored, limit).state
         seeds[f"{name}, knapsack"] = knapsack(scored, limit).state

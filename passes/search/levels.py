@@ -7,7 +7,7 @@ weights that are replaced), so that one engine searches over all of them. Level 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -133,6 +133,29 @@ def zeroed(program: Program, site: ChannelSite, removed: Sequence[int]) -> dict[
     }
 
 
+def combined(program: Program, changes: Iterable[Mapping[str, Weight]]) -> dict[str, Weight]:
+    """Changes of several places together: of a weight that several of them zero, all of that is zero.
+
+    A weight whose columns are channels of two sites (a layer that reads a concatenation, heads and channels inside
+    heads) is changed by both.
+
+    Args:
+        program: the program.
+        changes: weights that are replaced, by name, for each place.
+    """
+    replaced: dict[str, Weight] = {}
+    zeros: dict[str, list[tuple[int, tuple[int, ...]]]] = {}
+    for change in changes:
+        for name, weight in change.items():
+            if isinstance(weight.source, ZeroedSource) and not weight.steps:
+                zeros.setdefault(name, []).extend(weight.source.index)
+            else:
+                replaced[name] = weight
+    for name, index in zeros.items():
+        replaced[name] = Weight(ZeroedSource(replaced.get(name, program.weights[name]), tuple(index)))
+    return replaced
+
+
 class Trial:
     """The changes of a state, a choice of one level for every place, as a run sees them: nothing is rewritten.
 
@@ -150,4 +173,4 @@ class Trial:
     def __init__(self, program: Program, places: Sequence[Place], state: Sequence[int]) -> None:
         self.levels = [place.levels[level] for place, level in zip(places, state, strict=True)]
         self.alias = {level.drop.replaced: level.drop.by for level in self.levels if level.drop is not None}
-        self.weights = {name: w for level in self.levels for name, w in level.weights(program).items()}
+        self.weights = combined(program, (level.weights(program) for level in self.levels))

@@ -107,7 +107,7 @@ def _notes(program: Program, sites: Sequence[LinearSite], wanted: dict[int, list
             left = sum(level.nonzeros for _, level in pairs if isinstance(level, Sparse))
             notes.append(
                 f"{len(pairs)} linear layers keep {left:,} of {sum(s.size for s, _ in pairs):,} weights: they are "
-                f"stored and run dense, with zeros ({before:,} bytes; {after:,} in a file that stores positions instead)"
+                f"stored and run dense, with zeros ({before:,} bytes; {after:,} in a file with positions instead)"
             )
         elif kind is Bits:
             notes.append(

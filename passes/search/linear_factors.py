@@ -6,7 +6,7 @@ after    y = linear(linear(x, right), left, b)     right: [r, in], left: [out, r
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -65,26 +65,25 @@ def _factor(
 
 
 def _calls(rewriter: Rewriter, node: fx.Node, operand: fx.Node, first: fx.Node, second: fx.Node) -> fx.Node:
-    args: dict[str, Any] = bind(node)
+    args, target = bind(node), cast(Any, node.target)
     name = op_name(node)
     if name == "linear":
-        hidden = rewriter.call(node.target, operand, first, like=node)
-        return rewriter.call(node.target, hidden, second, args["bias"], like=node)
+        hidden = rewriter.call(target, operand, first, like=node)
+        return rewriter.call(target, hidden, second, args["bias"], like=node)
     if name == "addmm":
         hidden = rewriter.call(aten.mm.default, operand, first, like=node)
         scales = {key: args[key] for key in ("beta", "alpha")}
-        return rewriter.call(node.target, args["self"], hidden, second, like=node, **scales)
+        return rewriter.call(target, args["self"], hidden, second, like=node, **scales)
     if name in ("mm", "matmul"):
-        hidden = rewriter.call(node.target, operand, first, like=node)
-        return rewriter.call(node.target, hidden, second, like=node)
+        hidden = rewriter.call(target, operand, first, like=node)
+        return rewriter.call(target, hidden, second, like=node)
     # A convolution: strides and padding belong to the first, which sees the places; the bias to the second.
-    args.pop("weight"), args.pop("input")
-    bias = args.pop("bias")
+    bias = args["bias"]
     if name == "convolution":
         rest = [args[key] for key in ("stride", "padding", "dilation", "transposed", "output_padding", "groups")]
-        hidden = rewriter.call(node.target, operand, first, None, *rest, like=node)
+        hidden = rewriter.call(target, operand, first, None, *rest, like=node)
         count = node.meta["val"].dim() - 2
         plain = [[1] * count, [0] * count, [1] * count, False, [0] * count, 1]
-        return rewriter.call(node.target, hidden, second, bias, *plain, like=node)
-    hidden = rewriter.call(node.target, operand, first, None, *(args[k] for k in ("stride", "padding")), like=node)
-    return rewriter.call(node.target, hidden, second, bias, like=node)
+        return rewriter.call(target, hidden, second, bias, *plain, like=node)
+    hidden = rewriter.call(target, operand, first, None, *(args[k] for k in ("stride", "padding")), like=node)
+    return rewriter.call(target, hidden, second, bias, like=node)

@@ -17,6 +17,7 @@ from typing import Any
 
 import safetensors
 import torch
+import torch.utils._pytree as pytree
 from safetensors.torch import save
 
 from ...ir.errors import ImportModelError, InputError
@@ -250,7 +251,7 @@ def _digest(ctx: Context) -> str:
     state = hashlib.blake2b(digest_size=16)
     for batch in ctx.calibration or ():
         for name in sorted(batch):
-            for leaf in torch.utils._pytree.tree_leaves(batch[name]):
+            for leaf in pytree.tree_leaves(batch[name]):
                 text = Weight.from_tensor(leaf).digest() if isinstance(leaf, torch.Tensor) else repr(leaf)
                 state.update(f"{name} {text};".encode())
     return state.hexdigest()

@@ -15,11 +15,11 @@ import numpy as np
 from torch import fx
 
 from ...ir.axes.relate import bind
-from ...ir.flow import op_name
+from ...ir.flow import op_name, tensor_of
 from ...ir.program import Program
 from ...ir.projections import linear_map, weight_of
 from ...ir.structure import Structure
-from .consumers import Consumer, other_readers
+from .consumers import EXPERTS, Consumer, other_readers
 
 _CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "convolution")
 _PRODUCTS = {
@@ -28,6 +28,7 @@ _PRODUCTS = {
     "mm": ("self", "mat2"),
     "matmul": ("self", "other"),
 }
+_OTHERS = (EXPERTS, "_grouped_mm", "transformers.grouped_mm", "transformers.grouped_mm_fallback", "einsum", "bmm")
 _TURNS = ("t", "mT", "numpy_T", "transpose")
 
 
@@ -84,6 +85,9 @@ def linear_sites(
     by_weight: dict[str, list[Consumer]] = {}
     for node in program.graph.nodes:
         if node not in linears and op_name(node) not in _CONVOLUTIONS and not _by_constant(node, home):
+            if op_name(node) in _OTHERS and node in home and any(map(_constant, node.all_input_nodes)):
+                reason = f"a weight that {op_name(node)} multiplies by"
+                blocked[reason] = blocked.get(reason, 0) + 1
             continue
         read = _consumer(node)
         if isinstance(read, Consumer):
@@ -142,19 +146,25 @@ def _consumer(node: fx.Node) -> Consumer | str:
     shape = weight.meta["val"].shape
     labels = np.arange(int(shape[weight_dim]), dtype=np.int64)
     bias = args.get("bias") if name != "addmm" else args["self"]
-    known = isinstance(bias, fx.Node) and bias.op == "get_attr"
-    return Consumer(
-        node, operand, channel_dim, str(weight.target), weight_dim, labels, str(bias.target) if known else None
-    )
+    known = None
+    if isinstance(bias, fx.Node) and bias.op == "get_attr" and len(bias.meta["val"].shape) == 1:
+        known = str(bias.target)
+    return Consumer(node, operand, channel_dim, str(weight.target), weight_dim, labels, known)
 
 
 def _by_constant(node: fx.Node, home: Mapping[fx.Node, int]) -> bool:
     """Whether an operator of a block multiplies by what is computed from weights alone."""
     name = op_name(node)
-    if name not in _PRODUCTS or node not in home:
+    return name in _PRODUCTS and node in home and _constant(bind(node)[_PRODUCTS[name][1]])
+
+
+def _constant(node: fx.Node) -> bool:
+    """Whether a value is a matrix (or several) that depends on no input."""
+    value = tensor_of(node)
+    if value is None or value.dim() < 2 or not value.is_floating_point():
         return False
     seen: set[fx.Node] = set()
-    stack = [bind(node)[_PRODUCTS[name][1]]]
+    stack = [node]
     while stack:
         below = stack.pop()
         if below.op == "placeholder":

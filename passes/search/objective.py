@@ -31,7 +31,7 @@ class Reference:
     Attributes:
         logits: for each output with logits: log-probabilities [rows, top], their entries [rows, top] (None: all of
             them, in order), the rows that a mask leaves [rows of the output] (None: all).
-        others: the other outputs, where no output has logits.
+        others: all outputs, where none has logits at a position that counts.
     """
 
     logits: dict[str, tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]]
@@ -53,18 +53,18 @@ def keep(outputs: Mapping[str, Any], batch: Batch, top: int = TOP) -> Reference:
     """
     names = logits_outputs(outputs)
     if not names:
-        return Reference({}, {name: value for name, value in outputs.items() if isinstance(value, torch.Tensor)})
+        return Reference({}, _tensors(outputs))
     kept: dict[str, tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]] = {}
     for name in names:
         value = outputs[name]
         rows = _counted(value, position_mask(batch, value.shape[:-1]))
-        logits = torch.log_softmax(_rows(value, rows), -1)
-        if logits.shape[-1] <= _ALL_BELOW:
-            kept[name] = logits, None, rows
+        if value.shape[-1] <= max(_ALL_BELOW, top):
+            kept[name] = torch.log_softmax(_rows(value, rows).double(), -1), None, rows
         else:
-            best = logits.topk(top, dim=-1)
+            best = torch.log_softmax(_rows(value, rows).float(), -1).topk(top, dim=-1)
             kept[name] = best.values.clone(), best.indices.to(torch.int32), rows
-    return Reference(kept, {})
+    reference = Reference(kept, {})
+    return reference if reference.positions else Reference({}, _tensors(outputs))
 
 
 def distance(outputs: Mapping[str, Any], reference: Reference) -> float:
@@ -76,7 +76,9 @@ def distance(outputs: Mapping[str, Any], reference: Reference) -> float:
         total = sum(_divergence(outputs[name], *kept) for name, kept in reference.logits.items())
         value = total / max(reference.positions, 1)
     else:
-        value = max((_relative(outputs[name], want) for name, want in reference.others.items()), default=0.0)
+        errors = [_relative(outputs[name], want) for name, want in reference.others.items()]
+        # `max` would lose a NaN that does not come first.
+        value = math.nan if any(map(math.isnan, errors)) else max(errors, default=0.0)
     return math.inf if math.isnan(value) else max(value, 0.0)
 
 
@@ -86,8 +88,9 @@ def _divergence(
     """Sum over rows of KL(reference || candidate), with what is not kept as one event."""
     logits = _rows(value, rows)
     if entries is None:
-        terms = torch.where(want.isneginf(), 0.0, want.exp() * (want - torch.log_softmax(logits, -1)))
-        return float(terms.sum(dtype=torch.float64))
+        terms = torch.where(want.isneginf(), 0.0, want.exp() * (want - torch.log_softmax(logits.double(), -1)))
+        return float(terms.sum())
+    logits = logits.float()
     got = logits.gather(-1, entries.long()) - logits.logsumexp(-1, keepdim=True)
     inside = torch.where(want.isneginf(), 0.0, want.exp() * (want - got)).sum(-1, dtype=torch.float64)
     rest = 1 - want.double().exp().sum(-1)
@@ -103,10 +106,14 @@ def _relative(got: Any, want: torch.Tensor) -> float:
     return error / norm if norm > 0 else math.inf
 
 
+def _tensors(outputs: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in outputs.items() if isinstance(value, torch.Tensor)}
+
+
 def _counted(value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
     return None if mask is None else (mask.reshape(-1) != 0).nonzero()[:, 0]
 
 
 def _rows(value: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-    flat = value.reshape(-1, value.shape[-1]).float()
+    flat = value.reshape(-1, value.shape[-1])
     return flat if rows is None else flat[rows]

@@ -10,7 +10,7 @@ Source: Tyr-the-Pruner (2025), the super-network of pruned levels with expectati
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -64,10 +64,11 @@ def obs_places(
     dense = [Walk(program, found, batch) for batch in ctx.calibration]
     now = [Walk(program, found, batch) for batch in ctx.calibration]
     expected: dict[str, Weight] = {}
+    fitted: set[str] = set()
     places: list[Place] = []
     blocked: dict[str, int] = {}
     for site in ctx.progress(sites, len(sites), "levels"):
-        reason = _unfit(program, site)
+        reason = _unfit(program, site, fitted)
         if reason or not counts[site.index]:
             blocked[reason or "too few atoms"] = blocked.get(reason or "too few atoms", 0) + 1
             continue
@@ -80,6 +81,7 @@ def obs_places(
                 rows = (counted_rows(consumer, batch, value[consumer.operand]) for value in (z, x))
                 sums[consumer].add(*rows, products=True)
         removals = _pruned(program, site, sums, counts[site.index], rounds.get(site.kind, 1), damping)
+        fitted |= {consumer.weight for consumer in site.consumers}
         place = _place(program, site, sums, removals, meter)
         places.append(place)
         chosen = next((level for level in place.levels if level.count == middle[site.index]), place.levels[0])
@@ -87,11 +89,15 @@ def obs_places(
     return places, blocked
 
 
-def _unfit(program: Program, site: ChannelSite) -> str:
+def _unfit(program: Program, site: ChannelSite, fitted: Collection[str]) -> str:
     if site.unread or not site.consumers:
         return site.unread[0] if site.unread else "no operator sums over its channels"
     shared = [c for c in site.consumers if other_readers(program, c)]
-    return f"weight '{shared[0].weight}' is read by several operators" if shared else site.group.zero_reason
+    if shared:
+        return f"weight '{shared[0].weight}' is read by several operators"
+    # Two weights that replace one cannot both be chosen.
+    twice = [c for c in site.consumers if c.weight in fitted]
+    return f"weight '{twice[0].weight}' is fitted for another site already" if twice else site.group.zero_reason
 
 
 def _pruned(

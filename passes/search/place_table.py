@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from .allocators.table import LevelTable
 from .budget import Meter
 from .levels import Place
+
+_ROUNDING = 1e-6
 
 
 @dataclass
@@ -43,10 +46,12 @@ class Table:
         is not counted twice; the real cost of a plan is checked anyway.
         """
         added = sum(place.levels[0].cost for place in self.places)
-        scale = min(1.0, self.whole / added) if added else 1.0
+        # Measured savings may even add up to more than the whole program takes.
+        scale = min(1.0, self.whole / added, self.total / added) if added else 1.0
         costs = [[level.cost * scale for level in place.levels] for place in self.places]
         if not self.added_up:
-            costs = [[round(cost) for cost in row] for row in costs]
+            # Down, so that the untouched places do not cost more than the program.
+            costs = [[math.floor(cost + _ROUNDING) for cost in row] for row in costs]
         return LevelTable(
             costs=tuple(map(tuple, costs)),
             errors=tuple(tuple(level.error for level in place.levels) for place in self.places),

@@ -7,7 +7,9 @@ refused. Applying is deterministic: the same plan, program and calibration data 
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -118,8 +120,20 @@ class Plan:
         sites = data.get("sites")
         if not isinstance(sites, list):
             raise InputError(f"{where} has no list of sites")
+        for name in ("budget", "search", "blocked"):
+            if not isinstance(data.get(name), dict | None):
+                raise InputError(f"{where}: '{name}' is {data[name]!r}", expected="an object")
+        decisions = tuple(_decision(site, f"site {number} of {where}") for number, site in enumerate(sites))
+        seen: dict[tuple[str, int], int] = {}
+        for number, decision in enumerate(decisions):
+            first = seen.setdefault((decision.kind, decision.index), number)
+            if first != number:
+                raise InputError(
+                    f"site {number} of {where} is {decision.kind} {decision.index}, as is site {first}",
+                    expected="each place once",
+                )
         return cls(
-            decisions=tuple(_decision(site, f"site {number} of {where}") for number, site in enumerate(sites)),
+            decisions=decisions,
             made_by=str(data.get("made_by", "")),
             compensation=str(data.get("compensation", "none")),
             program=str(data.get("program", "")),
@@ -139,7 +153,8 @@ class Plan:
             beside.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
             beside.replace(path)
         except OSError as error:
-            beside.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                beside.unlink(missing_ok=True)
             raise ExportError(f"cannot write the plan '{path}': {error}", remedy="choose another path") from error
 
     @classmethod
@@ -151,7 +166,7 @@ class Plan:
         """
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"cannot read the plan '{path}': {error}", expected="a JSON file") from error
         return cls.from_json(data, f"'{path}'")
 
@@ -170,21 +185,32 @@ def _decision(data: Any, where: str) -> Decision:
         value = data.get(name)
         if not isinstance(value, kind) or isinstance(value, bool):
             raise InputError(f"{where}: '{name}' is {value!r}", expected=f"a {kind.__name__}")
-    units = data["units"]
+    units, index = data["units"], data["index"]
+    if index < 0 or units < 1:
+        wrong = f"'index' is {index}" if index < 0 else f"'units' is {units}"
+        raise InputError(f"{where}: {wrong}", expected="an index from 0 on, and at least one unit")
     removed: Sequence[Any] = data["removed"]
     wrong = [u for u in removed if not isinstance(u, int) or isinstance(u, bool) or not 0 <= u < units]
     if wrong or len(set(removed)) < len(removed):
         what = f"{wrong[0]!r} is no unit" if wrong else "a unit is named twice"
         raise InputError(f"{where}: cannot remove {list(removed)[:8]}: {what}", expected=f"units 0 to {units - 1}")
-    scores = data.get("scores")
+    block, scores = data.get("block"), data.get("scores")
+    if block is not None and (not isinstance(block, int) or isinstance(block, bool)):
+        raise InputError(f"{where}: 'block' is {block!r}", expected="a number, or null")
+    if scores is not None and not (isinstance(scores, list) and all(map(_is_number, scores))):
+        raise InputError(f"{where}: 'scores' is {scores!r}"[:200], expected="a list of numbers, or null")
     return Decision(
         kind=data["kind"],
         index=data["index"],
         label=str(data.get("label", "")),
-        block=data.get("block"),
+        block=block,
         units=units,
         removed=tuple(sorted(removed)),
         level=str(data.get("level", "")),
         reason=str(data.get("reason", "")),
-        scores=tuple(float(s) for s in scores) if isinstance(scores, list) else None,
+        scores=None if scores is None else tuple(map(float, scores)),
     )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -80,10 +80,12 @@ def table_of(program: Program, recipe: Recipe, ctx: Context) -> Table:
     sites, unscored = _readable(sites, recipe)
     blocked = {**blocked, **unscored}
     scores = CHANNEL_SCORES[recipe.score](program, sites, ctx) if sites else {}
+    checked = {site.index: _checked(site, scores.get(site.index), recipe) for site in sites}
+    # An allocator would remove what has a negative harm even where nothing has to go.
+    least = min((float(values.min()) for values in checked.values()), default=0.0)
     places: list[Place] = []
     held: set[tuple[str, int]] = set()
     for site in sites:
-        values = _checked(site, scores.get(site.index), recipe)
         granularity = {"heads": "attention", "mlp": "mlp"}.get(site.kind)
         unit = branch_of(site, found, granularity) if granularity and f"drop-{granularity}" in recipe.kinds else None
         if unit is not None and granularity is not None:
@@ -92,12 +94,13 @@ def table_of(program: Program, recipe: Recipe, ctx: Context) -> Table:
             width_place(
                 program,
                 site,
-                values,
+                checked[site.index],
                 meter,
                 steps=recipe.steps,
                 floor=recipe.floor,
                 multiple=recipe.multiple,
                 weighted=recipe.per_saving,
+                least_score=min(least, 0.0),
                 drop=unit,
             )
         )
@@ -201,9 +204,7 @@ def plan_of(program: Program, table: Table, recipe: Recipe, state: Sequence[int]
             continue
         unit = level.drop or next(each.drop for each in place.levels if each.drop is not None)
         kind = place.kind if place.kind in DROPS else {"heads": "drop-attention", "mlp": "drop-mlp"}[place.kind]
-        decisions.append(
-            Decision(kind, unit.index, unit.label, place.block, 1, (0,) if dropped else (), "", why, scores)
-        )
+        decisions.append(Decision(kind, unit.index, unit.label, place.block, 1, (0,) if dropped else (), "", why))
     return Plan(
         decisions=tuple(decisions),
         made_by=made_by,

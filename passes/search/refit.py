@@ -9,7 +9,7 @@ With ``sequential`` off both are the unchanged flow, as in FLAP.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,19 +17,21 @@ import torch
 from torch import fx
 
 from ...ir.errors import PreconditionError
+from ...ir.execute import needed
 from ...ir.program import Program
 from ...ir.structure import Structure
 from ...ir.weights import Weight
 from ..base import Batch, Context
 from ..fidelity import position_mask
-from .biases import bias_of
+from .biases import own_bias, why_no_bias
 from .compensation.base import Compensated
 from .compensation.bias import bias
 from .compensation.least_squares import least_squares
 from .compensation.mask_tuning import mask_tuning
 from .consumers import Consumer, columns_labels, input_rows, other_readers, weight_matrix, with_weight_matrix
 from .flow import Walk
-from .levels import zeroed
+from .levels import combined, zeroed
+from .rows import unflattened
 from .sites import ChannelSite
 
 Cut = tuple[ChannelSite, tuple[int, ...]]
@@ -156,18 +158,20 @@ def refit(
         )
     how, result = METHODS[method], Refit()
     cuts = sorted(((site, removed) for site, removed in cuts if removed), key=lambda cut: cut[0].first)
-    masked = {name: weight for site, removed in cuts for name, weight in zeroed(program, site, removed).items()}
+    masked = combined(program, (zeroed(program, site, removed) for site, removed in cuts))
+    kept = _kept_columns(cuts)
+    alive = needed(program.graph, (), alias)
     dense = [Walk(program, found, batch) for batch in ctx.calibration]
     now = [Walk(program, found, batch, alias) for batch in ctx.calibration]
-    for site, removed in ctx.progress(cuts, len(cuts), f"compensation: {method}"):
-        work = [c for c in site.consumers if _usable(program, site, c, how, result)]
+    for site, _ in ctx.progress(cuts, len(cuts), f"compensation: {method}"):
+        work = [c for c in site.consumers if c.node in alive and _usable(program, site, c, how, result)]
         if not work:
             continue
         sums = {consumer: Sums() for consumer in work}
         operands = {consumer.operand for consumer in work}
         for batch, before, after in zip(ctx.calibration, dense, now, strict=True):
             x = before.values(operands, {}, site.first)
-            z = after.values(operands, {**masked, **result.weights}, site.first) if sequential else x
+            z = after.values(operands, combined(program, (masked, result.weights)), site.first) if sequential else x
             for consumer in work:
                 rows = (
                     counted_rows(consumer, batch, z[consumer.operand]),
@@ -175,17 +179,31 @@ def refit(
                 )
                 sums[consumer].add(*rows, how.products)
         for consumer in work:
-            _fit(program, site, removed, consumer, sums[consumer], how, result)
-    for site, removed in cuts:
-        for name, weight in zeroed(program, site, removed).items():
-            result.weights.setdefault(name, weight)
+            _fit(program, site, kept[consumer.node], consumer, sums[consumer], how, result)
+    for name, weight in masked.items():
+        result.weights.setdefault(name, weight)
     return result
+
+
+def _kept_columns(cuts: Sequence[Cut]) -> dict[fx.Node, torch.Tensor]:
+    """The columns of each consumer that no site removes: some are read by several sites (a concatenation's reader).
+
+    Such a consumer is fitted for each of its sites, in their order; the last fit, which knows all of what it reads,
+    counts.
+    """
+    kept: dict[fx.Node, torch.Tensor] = {}
+    for site, removed in cuts:
+        gone = np.fromiter(removed, dtype=np.int64)
+        for consumer in site.consumers:
+            stays = torch.from_numpy(~np.isin(columns_labels(consumer), gone))
+            kept[consumer.node] = kept.get(consumer.node, stays) & stays
+    return kept
 
 
 def _fit(
     program: Program,
     site: ChannelSite,
-    removed: Collection[int],
+    kept: torch.Tensor,
     consumer: Consumer,
     sums: Sums,
     how: Method,
@@ -200,40 +218,42 @@ def _fit(
             origin=consumer.origin,
             remedy="look at the calibration data and the weights",
         )
-    labels = columns_labels(consumer)
-    kept = torch.from_numpy(~np.isin(labels, np.fromiter(removed, dtype=np.int64)))
     matrix = weight_matrix(program, consumer)
-    fitted = how.fit(matrix, kept, torch.from_numpy(labels), sums)
+    fitted = how.fit(matrix, kept, torch.from_numpy(columns_labels(consumer)), sums)
     result.weights[consumer.weight] = with_weight_matrix(program, consumer, fitted.weight)
     result.notes += [f"{site.label}: {note}" for note in fitted.notes]
-    name = bias_of(consumer)
+    name = own_bias(program, consumer)
     if fitted.bias is not None and name is not None:
         old = program.weights[name].tensor()
         result.weights[name] = Weight.from_tensor((old.double() + fitted.bias.double()).to(old.dtype))
 
 
 def _usable(program: Program, site: ChannelSite, consumer: Consumer, how: Method, result: Refit) -> bool:
-    reason = ""
-    if site.unread:
-        reason = site.unread[0]
-    elif other_readers(program, consumer):
-        reason = f"weight '{consumer.weight}' is read by several operators"
-    elif how.bias and bias_of(consumer) is None:
-        reason = f"%{consumer.node.name} has no bias"
-    elif not site.group.zeroable:
-        reason = site.group.zero_reason
-    elif consumer.weight in result.weights and site.kind != "channels":
-        reason = f"weight '{consumer.weight}' is fitted already"
+    reason = why_not_fitted(program, site, consumer)
+    if not reason and how.bias and own_bias(program, consumer) is None:
+        reason = why_no_bias(consumer) or f"%{consumer.node.name} has no bias of its own"
     if reason:
         result.skipped[reason] = result.skipped.get(reason, 0) + 1
     return not reason
 
 
+def why_not_fitted(program: Program, site: ChannelSite, consumer: Consumer) -> str:
+    """Why a consumer of a site cannot be fitted; empty if it can."""
+    if site.unread:
+        return site.unread[0]
+    if other_readers(program, consumer):
+        return f"weight '{consumer.weight}' is read by several operators"
+    return site.group.zero_reason
+
+
 def counted_rows(consumer: Consumer, batch: Batch, value: torch.Tensor) -> torch.Tensor:
     """The rows of an operand that count: not those of positions that a mask hides."""
     rows = input_rows(consumer, value)
-    if value.dim() == 3 and consumer.channel_dim % 3 == 2:
+    if consumer.channel_dim != value.dim() - 1:
+        return rows
+    mask = None
+    if value.dim() == 3:
         mask = position_mask(batch, value.shape[:2], inside=True)
-        if mask is not None:
-            rows = rows[mask.reshape(-1) != 0]
-    return rows
+    elif unflattened(consumer) is not None and isinstance(known := batch.get("attention_mask"), torch.Tensor):
+        mask = position_mask(batch, known.shape, inside=True) if known.dim() == 2 else None
+    return rows[mask.reshape(-1) != 0] if mask is not None and mask.numel() == len(rows) else rows

@@ -42,7 +42,7 @@ class RowReader:
         self._by_operand: dict[fx.Node, list[str]] = {}
         for key, consumer in self.by_key.items():
             self._by_operand.setdefault(consumer.operand, []).append(key)
-        self._flattened = {c.operand: source for c in self.by_key.values() if (source := _unflattened(c)) is not None}
+        self._flattened = {c.operand: source for c in self.by_key.values() if (source := unflattened(c)) is not None}
         self._sources = set(self._flattened.values())
         self._batches = 0
 
@@ -108,7 +108,7 @@ def _pieces(consumer: Consumer, value: Tensor, mask: Tensor | None) -> Iterator[
     yield from rows.split(max(1, _PIECE // max(rows.shape[1], 1)))
 
 
-def _unflattened(consumer: Consumer) -> fx.Node | None:
+def unflattened(consumer: Consumer) -> fx.Node | None:
     """The value [batch, tokens, width] that an operand of a matrix product is the rows of."""
     node = consumer.operand
     value = tensor_of(node)

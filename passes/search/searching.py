@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import tempfile
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -74,22 +76,25 @@ def search(
             remedy="give more calibration data, or smaller stages",
         )
     batches = batches[:wanted]
-    journal = None
-    if ctx.journal is not None:
-        of = _fingerprint(program, places, batches)
-        name = hashlib.sha256(repr(sorted(of.items())).encode()).hexdigest()[:16]
-        ctx.journal.mkdir(parents=True, exist_ok=True)
-        journal = Journal.open(ctx.journal / f"{name}.jsonl", of)
     seeds = {name: state for name, state in seeds.items() if table.cost(state) <= limit}
-    with tempfile.TemporaryDirectory(prefix="graphlathe-search-") as folder:
-        local = None
+    local = None
+    with ExitStack() as stack:
+        journal = None
+        if ctx.journal is not None:
+            of = _fingerprint(program, places, batches)
+            name = hashlib.sha256(repr(sorted(of.items())).encode()).hexdigest()[:16]
+            ctx.journal.mkdir(parents=True, exist_ok=True)
+            journal = stack.enter_context(Journal.open(ctx.journal / f"{name}.jsonl", of))
         if ctx.executor is None or isinstance(ctx.executor, InProcess):
             evaluate = local = Candidates(program, places, ctx.structure(program), batches)
         else:
-            home = Path(folder) if ctx.workspace is None else ctx.workspace
-            evaluate = write_workspace(home / "evaluate", program, places, batches)
-        with Evaluations(evaluate, executor=ctx.executor, journal=journal) as evaluations:
-            outcome = evolve(table, limit, evaluations, list(seeds.values()), settings, ctx.progress)
+            if ctx.workspace is not None:
+                ctx.workspace.mkdir(parents=True, exist_ok=True)
+            # A folder of its own for each search: workers outlive searches, and know what they have read by its path.
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="graphlathe-search-", dir=ctx.workspace))
+            evaluate = write_workspace(Path(folder), program, places, batches)
+        evaluations = stack.enter_context(Evaluations(evaluate, executor=ctx.executor, journal=journal))
+        outcome = evolve(table, limit, evaluations, list(seeds.values()), settings, ctx.progress)
     return outcome, _history(outcome, seeds, local)
 
 
@@ -100,17 +105,23 @@ def _history(outcome: Outcome, seeds: dict[str, State], local: Candidates | None
         origin.setdefault(state, f"seed: {name}")
     return {
         "history": [
-            {"generation": row.number, "evaluations": row.evaluations, "best": row.score, "cost": row.cost}
+            {"generation": row.number, "evaluations": row.evaluations, "best": _finite(row.score), "cost": row.cost}
             for row in outcome.history
         ],
         "evaluated": [
-            {"cost": p.cost, "score": p.score, "origin": origin.get(p.state, "mutation")} for p in outcome.points
+            {"cost": p.cost, "score": _finite(p.score), "origin": origin.get(p.state, "mutation")}
+            for p in outcome.points
         ],
-        "chosen": {"cost": outcome.cost, "score": outcome.score},
+        "chosen": {"cost": outcome.cost, "score": _finite(outcome.score)},
         "evaluations": outcome.evaluations,
         "tokens": None if local is None else round(local.tokens),
         "stopped": outcome.stopped,
     }
+
+
+def _finite(score: float) -> float | None:
+    """JSON has no infinity."""
+    return score if math.isfinite(score) else None
 
 
 def _fingerprint(program: Program, places: Sequence[Place], batches: Sequence[Batch]) -> dict[str, str]:

@@ -85,7 +85,7 @@ def _shape(program: Program, place: Place) -> str:
     site = next((level.site for level in place.levels if level.site is not None), None)
     if site is not None:
         shapes = sorted((m.dim, program.weights[m.weight].shape) for m in site.group.members)
-        return f"{site.size} of {shapes}"
+        return f"{site.size} of {shapes}" + (", or dropped" if place.levels[-1].drop is not None else "")
     unit = next(level.drop for level in place.levels if level.drop is not None)
     inside, stack = set[str](), [unit.replaced]
     seen = {unit.by, unit.replaced}

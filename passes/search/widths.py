@@ -26,6 +26,7 @@ def width_place(
     floor: float = 0.0,
     multiple: int = 1,
     weighted: bool = False,
+    least_score: float = 0.0,
     drop: Unit | None = None,
 ) -> Place:
     """A channel site as a place: each level removes more of its least important atoms.
@@ -42,6 +43,7 @@ def width_place(
             round sizes.
         weighted: whether an atom's harm is its score times what it saves, so that scores alone decide under an
             allocator that compares harm per saving.
+        least_score: what all scores are counted from: no harm is negative if it is the lowest of all sites.
         drop: the branch that the site lies in, as a further and last level that drops it.
     """
     size = site.size
@@ -51,13 +53,14 @@ def width_place(
         range(1, most + 1) if steps is None else sorted({round(most * i / steps) for i in range(1, steps + 1)} - {0})
     )
     if multiple > 1:
-        kept = {max(multiple, (size - count) // multiple * multiple) for count in counts}
+        least = -(-(size - most) // multiple) * multiple
+        kept = {max(least, (size - count) // multiple * multiple) for count in counts}
         counts = sorted({size - each for each in kept if each < size} - {0})
     whole = meter.cut(site, range(size))
     # All atoms consist of the same elements, so savings grow evenly, unless one weight is cut along two dimensions.
     names = [member.weight for member in site.group.members]
     each = whole / size if len(set(names)) == len(names) else None
-    harms = np.concatenate([[0.0], np.cumsum(scores[order])])
+    harms = np.concatenate([[0.0], np.cumsum(scores[order] - least_score)])
     levels = [Level("untouched", round(whole), 0.0)]
     for count in counts:
         saved = each * count if each is not None else meter.cut(site, order[:count].tolist())
@@ -115,4 +118,4 @@ def _blocks(found: Structure) -> dict[fx.Node, int]:
 
 
 def _dearer(level: Level, more: float) -> Level:
-    return replace(level, cost=level.cost + round(more))
+    return replace(level, cost=max(level.cost + round(more), 0))

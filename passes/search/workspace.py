@@ -8,6 +8,7 @@ The folder is for the workers of one search and is not a format: it holds pickle
 from __future__ import annotations
 
 import pickle
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,8 @@ from .units import Unit
 
 _PROGRAM, _PLACES, _WEIGHTS = "program", "places.pickle", "levels.safetensors"
 _loaded: dict[str, Candidates] = {}
+_one_at_a_time = threading.Lock()
+"""Candidates share a cache: workers that are threads take turns."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,11 @@ class Remote:
 
     def __call__(self, state: Sequence[int], batch: int) -> float:
         """The distance, see `Candidates`."""
-        if self.folder not in _loaded:
-            _loaded.clear()  # a worker serves one search at a time
-            _loaded[self.folder] = _read(Path(self.folder))
-        return _loaded[self.folder](state, batch)
+        with _one_at_a_time:
+            if self.folder not in _loaded:
+                _loaded.clear()  # a worker serves one search at a time
+                _loaded[self.folder] = _read(Path(self.folder))
+            return _loaded[self.folder](state, batch)
 
 
 def write_workspace(folder: Path, program: Program, places: Sequence[Place], batches: Sequence[Batch]) -> Remote:
@@ -99,14 +103,16 @@ def write_workspace(folder: Path, program: Program, places: Sequence[Place], bat
 def _same_nodes(program: Program, again: Program) -> dict[str, str]:
     """From the names of nodes to those of the same program after it was saved and loaded."""
     old, new = list(program.graph.nodes), list(again.graph.nodes)
-    if [(n.op, str(n.target)) for n in old if n.op != "placeholder"] != [
-        (n.op, str(n.target)) for n in new if n.op != "placeholder"
-    ]:
+    if [_what(node) for node in old] != [_what(node) for node in new]:
         raise GraphlatheError(
             "the program's nodes are in another order after it was saved, so workers cannot take part",
             remedy="evaluate in this process (executor=None)",
         )
     return {a.name: b.name for a, b in zip(old, new, strict=True)}
+
+
+def _what(node: fx.Node) -> tuple[str, str]:
+    return node.op, "" if node.op == "placeholder" else str(node.target)
 
 
 def _ship(

@@ -19,9 +19,12 @@ per layer, with one threshold. Here units become levels, and a score becomes an 
 
 from __future__ import annotations
 
+import itertools
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from ....ir.errors import InputError
 from .table import Allocation, LevelTable
@@ -77,18 +80,35 @@ def global_threshold(table: LevelTable, limit: float, standardize: str = "none")
 
 def _hull(table: LevelTable, site: int, errors: Sequence[float]) -> list[_Step]:
     """The steps along the lower convex hull, by rising slope; the last one ends at the cheapest level."""
-    costs, ladder = table.units[site], table.ladders[site]
+    costs = table.units[site]
+    slope_of = partial(_slope, table, site, errors)
+    corners: list[int] = []
+    # The ladder goes from dear to cheap; of equal costs only the least error can lie on the hull.
+    for level in table.ladders[site]:
+        if math.isinf(errors[level]):
+            continue
+        if corners and costs[corners[-1]] == costs[level]:
+            if errors[corners[-1]] <= errors[level]:
+                continue
+            corners.pop()
+        while len(corners) > 1 and slope_of(*corners[-2:]) > slope_of(corners[-1], level):
+            corners.pop()
+        corners.append(level)
+    # An infinite error is beyond every other: from the last finite level on there is one more step, to the cheapest.
+    last = table.ladders[site][-1]
+    if costs[last] < costs[corners[-1]]:
+        corners.append(last)
     steps: list[_Step] = []
-    here = 0
-    while costs[here] > costs[ladder[-1]]:
-        harsher = [n for n in ladder if costs[n] < costs[here]]
-        # An infinite error is beyond every other; from there on all steps are alike.
-        slopes = {n: _rise(errors[here], errors[n]) / table.amount(costs[here] - costs[n]) for n in harsher}
-        level = min(harsher, key=lambda n: (slopes[n], -costs[n], errors[n]))
-        slope = max(slopes[level], steps[-1].slope) if steps else slopes[level]  # rounding must not turn the order
+    for here, level in itertools.pairwise(corners):
+        slope = slope_of(here, level)
+        slope = max(slope, steps[-1].slope) if steps else slope  # rounding must not turn the order
         steps.append(_Step(slope, site, level, costs[here] - costs[level]))
-        here = level
     return steps
+
+
+def _slope(table: LevelTable, site: int, errors: Sequence[float], here: int, level: int) -> float:
+    costs = table.units[site]
+    return _rise(errors[here], errors[level]) / table.amount(costs[here] - costs[level])
 
 
 def _rise(before: float, after: float) -> float:

@@ -86,7 +86,10 @@ def test_a_site_is_the_product_that_its_operators_compute(name: str, from_file: 
 def test_heads_and_what_lies_outside_are_left_out_with_reasons() -> None:
     program = of(lambda m, x, i: m.layers[i](x), layers=nn.ModuleList(nn.Linear(8, 8) for _ in range(2)))
     sites, blocked = found(program)
-    assert [(s.index, s.block, s.label) for s in sites] == [(1, 0, "linear 1 of block 0"), (2, 1, "linear 2 of block 1")]
+    assert [(s.index, s.block, s.label) for s in sites] == [
+        (1, 0, "linear 1 of block 0"),
+        (2, 1, "linear 2 of block 1"),
+    ]
     assert blocked == {"a map to an output": 1, "outside of the blocks of a residual stream": 1}
     more, blocked = found(program, outside=True)
     assert [(s.index, s.block, s.label) for s in more] == [
@@ -110,6 +113,7 @@ def test_a_weight_of_two_operators_is_one_site() -> None:
         (lambda m, x, i: m.layer(x) * m.layer.weight[0], "read by something else"),
         (lambda m, x, i: m.layer(x).tanh() @ m.layer.weight, "in two orders"),
         (lambda m, x, i: nn.functional.linear(x, m.layer.weight * 2), "computed from what is stored"),
+        (lambda m, x, i: torch.einsum("bsi,oi->bso", x, m.layer.weight), "that einsum multiplies by"),
         (lambda m, x, i: m.conv(x.mT).mT, "over more than one place"),
         (lambda m, x, i: m.grouped(x.mT).mT, "several groups"),
     ],

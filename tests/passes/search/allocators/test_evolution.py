@@ -120,6 +120,16 @@ def test_a_small_space_is_searched_to_the_end() -> None:
     assert found.state == min(means, key=means.__getitem__)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_chance_does_not_leave_a_neighbour_out(seed: int) -> None:
+    """Offspring are drawn one by one, so the last of twelve neighbours is hard to draw; it is tried all the same."""
+    table = LevelTable(costs=((1, 0),) * 8)
+    start = (1, 1, 0, 0, 0, 0, 0, 0)
+    found = evolve(table, 6, lambda s, b: 1.0, [start], Settings(1000, 1, max_flips=1, stages=ONE, seed=seed))
+    near = {s for s in all_states(table) if sum(s) == 2 and s[0] + s[1] == 1}
+    assert found.exhausted and {point.state for point in found.points} == near | {start} and len(near) == 12
+
+
 @pytest.mark.parametrize(("limit", "state"), [(4, (0, 0, 0)), (1, (1, 1, 1))])
 def test_nothing_or_everything_dropped_ends_at_once(limit: float, state: State) -> None:
     evaluate = Counted(lambda state, batch: float(batch))

@@ -30,6 +30,18 @@ def test_equal_to_brute_force(problem: tuple[LevelTable, float]) -> None:
     assert found.error == brute_force(table, limit)  # errors are whole, so sums are exact
 
 
+@given(problems(), st.integers(0, 1000))
+def test_equal_to_brute_force_with_real_errors(problem: tuple[LevelTable, float], seed: int) -> None:
+    """Errors that differ by little as well as by much."""
+    whole, limit = problem
+    draw = random.Random(seed)
+    errors = tuple(tuple(draw.uniform(-1, 1) * 10.0 ** draw.randint(-6, 0) for _ in row) for row in whole.costs)
+    table = LevelTable(whole.costs, errors, fixed=whole.fixed)
+    found = knapsack(table, limit)
+    assert found.exact and found.cost <= limit
+    assert found.error == pytest.approx(brute_force(table, limit), rel=1e-12, abs=1e-15)
+
+
 @given(problems(), st.integers(2, 6))
 def test_rounded_costs_fit_and_stay_within_what_the_note_promises(
     problem: tuple[LevelTable, float], points: int

@@ -59,3 +59,9 @@ def test_what_is_kept_of_equal_sites_is_spread_over_them() -> None:
     kept = [[site for site, level in enumerate(uniform(table, k).state) if level == 0] for k in range(9)]
     assert kept[1:5] == [[0], [0, 4], [0, 2, 4], [0, 2, 4, 6]]
     assert [len(each) for each in kept] == list(range(9))
+
+
+def test_what_is_left_over_goes_to_the_site_that_gives_the_largest_share() -> None:
+    """At a share of 1/2 the costs are 3 and 0; of the 2 that are left, the second site, which gives all, gets both."""
+    table = LevelTable(costs=((6, 5, 4, 3, 2, 1, 0), (3, 2, 0)))
+    assert uniform(table, 5).state == (3, 1)
