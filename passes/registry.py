@@ -32,7 +32,9 @@ BUILTIN: dict[str, str] = {
     "raise-norms": ".canonical.raise_norms:RaiseNorms",
     "raise-rotary": ".canonical.raise_rotary:RaiseRotary",
     "remove-noops": ".canonical.remove_noops:RemoveNoops",
+    "rocket": ".weights.rocket:Rocket",
     "shortgpt": ".layers.shortgpt:ShortGpt",
+    "shrp": ".heads.shrp:Shrp",
     "tyr": ".channels.tyr:Tyr",
 }
 

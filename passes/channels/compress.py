@@ -31,6 +31,7 @@ from .planted import constant_channels_case
 from .width import WidthPass
 
 SITES = (*KINDS, *DROPS)
+_MEASURED_STEPS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,7 @@ class Compress(WidthPass):
     floor: float = option(0.0, ge=0, lt=1, help="share of every site that stays at least")
     multiple: int = option(1, ge=1, help="what stays of a cut site is a multiple of this")
     steps: int | None = option(None, ge=1, help="levels per site; none: every number of channels")
+    measure: bool = option(False, help="judge levels by what each alone does to the outputs, not by scores")
     generations: int = option(50, ge=0, help="evolution: generations at most")
     offspring: int = option(16, ge=1, help="evolution: new candidates per generation")
     seed: int = option(0, ge=0, help="evolution: equal seeds give equal searches")
@@ -72,7 +74,7 @@ class Compress(WidthPass):
             unit=self.budget,
             ratio=self.ratio,
             target=self.target,
-            steps=self.steps,
+            steps=_MEASURED_STEPS if self.measure and self.steps is None else self.steps,
             floor=self.floor,
             multiple=self.multiple,
             standardize=self.standardize,
@@ -84,7 +86,7 @@ class Compress(WidthPass):
         recipe = self.recipe()
         table = table_of(program, recipe, ctx)
         if self.allocator not in ("uniform", "evolution") and self.ratio != 0:
-            table = measured(program, table, ctx)
+            table = measured(program, table, ctx, every=self.measure)
         search = self._search(program, ctx) if self.allocator == "evolution" else None
         return compress(program, recipe, ctx, self.to_text(), name=self.name, table=table, allocator=search)
 

@@ -74,7 +74,9 @@ def find_sites(program: Program, found: Structure) -> Sites:
     groups = find_groups(program) if left else []
     for attention in left:
         reason = "no output projection was found"
-        if attention.output is not None:
+        if attention.kv_heads == 1:
+            reason = "it has one head, or one that all query heads share"
+        elif attention.output is not None:
             name = str(attention.output.weight.target)
             own = [g for g in groups if g.reason and any(m.weight == name for m in g.members)]
             unread = [

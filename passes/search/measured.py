@@ -11,7 +11,7 @@ from .candidates import Candidates
 from .place_table import Table
 
 
-def measured(program: Program, table: Table, ctx: Context, batches: int = 1) -> Table:
+def measured(program: Program, table: Table, ctx: Context, batches: int = 1, *, every: bool = False) -> Table:
     """A table all of whose levels have an error on one scale, if some had none.
 
     Estimates from scores cannot be compared with what dropping a branch does. Where a table holds both, every level of
@@ -22,11 +22,12 @@ def measured(program: Program, table: Table, ctx: Context, batches: int = 1) -> 
         table: its places.
         ctx: calibration data.
         batches: how many batches to try them on.
+        every: measure also where all levels have an estimate.
 
     Raises:
         PreconditionError: there is no calibration data.
     """
-    if all(level.error is not None for place in table.places for level in place.levels):
+    if not every and all(level.error is not None for place in table.places for level in place.levels):
         return table
     if not ctx.calibration:
         raise PreconditionError(

@@ -17,6 +17,7 @@ from .magnitude import magnitude
 from .relevance import register_relevance, relevance
 from .removal import removal
 from .removal_loss import removal_loss
+from .standard_fluctuation import standard_fluctuation
 from .stream_norms import l2, norm_ratio
 from .usage import usage
 from .wanda import wanda
@@ -42,6 +43,12 @@ CHANNEL_SCORES: dict[str, ChannelScore] = {
         ChannelScore("wanda", wanda, "weights times input norms, added up", "Sun et al. 2023, arXiv 2306.11695"),
         ChannelScore(
             "fluctuation", fluctuation, "input variance times squared weights", "FLAP, An et al. 2023, arXiv 2312.11983"
+        ),
+        ChannelScore(
+            "standard-fluctuation",
+            standard_fluctuation,
+            "fluctuation, standardised within each layer",
+            "FLAP, An et al. 2023, arXiv 2312.11983",
         ),
         ChannelScore(
             "activation", activation, "mean absolute inputs", "Minitron, Muralidharan et al. 2024, arXiv 2407.14679"
