@@ -24,6 +24,11 @@ Row = dict[str, Any]
 
 MODULES: dict[str, str] = {
     "compiler": ".compiler",
+    "compress-combined": ".compress_combined",
+    "compress-depth": ".compress_depth",
+    "compress-heads": ".compress_heads",
+    "compress-vision": ".compress_vision",
+    "compress-width": ".compress_width",
     "onnx-coverage": ".onnx_coverage",
     "page": ".page",
     "peers-import": ".peers_import",

@@ -1,0 +1,56 @@
+"""Suite ``compress-combined``: whatever may be removed, to a budget of parameters, and to one of milliseconds.
+
+The milliseconds are measured in ONNX Runtime at the longest timed input. The other tools do not measure time: they are
+given the same share of the multiply-adds instead. For MiniLM, a third level keeps at most 15% of the multiply-adds,
+with training: there it is the speed that has a goal, and the quality is reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .base import Result, Row, Run, Suite
+from .compress_goals import longest
+from .compress_methods import BY_PARAMETERS, BY_SPEED, BY_TIME, Level
+from .compress_parts import MINILM, QUICK_MINILM, QUICK_SMOLLM2, SMOLLM2
+from .compress_run import Part, run_parts
+
+KEPT = 0.8
+EXTREME = 0.15
+
+
+def levels(facts: Mapping[str, Any], base: Row) -> list[Level]:
+    """The budgets in parameters and in milliseconds."""
+    found = [Level(BY_PARAMETERS, 0.0, params=int(KEPT * facts["parameters"]))]
+    seconds = base[longest(base)]
+    if seconds is not None:
+        found.append(Level(BY_TIME, 0.0, macs=int(KEPT * base["macs"]), ms=1e3 * KEPT * seconds))
+    return found
+
+
+def encoder_levels(facts: Mapping[str, Any], base: Row) -> list[Level]:
+    """The same, and the one that is about speed."""
+    return [*levels(facts, base), Level(BY_SPEED, 0.0, macs=int(EXTREME * base["macs"]), peers=False)]
+
+
+def run(context: Run) -> Result:
+    """Measure both models."""
+    parts = [
+        Part(SMOLLM2, QUICK_SMOLLM2, levels, quick_levels=2),
+        Part(MINILM, QUICK_MINILM, encoder_levels, quick_levels=3),
+    ]
+    return run_parts("compress-combined", parts, context)
+
+
+SUITE = Suite(
+    name="compress-combined",
+    summary="SmolLM2-135M and MiniLM at 80% of the parameters, and of the milliseconds, by any means",
+    goals=(
+        "at equal parameters, and at equal milliseconds, our best is at least as good as the best of the others",
+        "the latency falls by at least 0.9 times the share of the MACs",
+        "what is trained afterwards wins back half of the loss on the domain that it did not see",
+        "MiniLM at no more than 15% of its MACs, trained: at least 4 times the throughput",
+    ),
+    run=run,
+)

@@ -1,0 +1,242 @@
+"""The methods of the compression suites as data, and the step that makes one of our own results.
+
+A method is a label, who made it, and a step: a function ``module:name`` that gets the case, a level and a file to
+write, in a process of its own, and answers with what the search cost. Our methods are pipeline strings in which
+``$ratio``, ``$count``, ``$params``, ``$macs`` and ``$ms`` stand for the level's numbers; adding one is adding a line to
+`OURS`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import torch
+
+from ...ir.errors import GraphlatheError
+from ...passes.optimize import optimize
+from .base import Row
+from .compress_subject import Case, Subject, subject_of
+from .compress_work import WorkCounter, count_macs
+
+PACKAGE = __package__
+
+
+@dataclass(frozen=True)
+class Level:
+    """How much is to go.
+
+    Attributes:
+        name: in the tables.
+        ratio: share of the units (blocks, neurons, heads) that are removed; or of what the suite says.
+        count: how many blocks that is.
+        params: parameters that may be left.
+        macs: multiply-adds that may be left, at the subject's sizes.
+        ms: milliseconds that may be left in ONNX Runtime, at the longest timed input.
+        peers: whether the other tools are asked, too.
+    """
+
+    name: str
+    ratio: float
+    count: int = 0
+    params: int = 0
+    macs: int = 0
+    ms: float = 0.0
+    peers: bool = True
+
+    def to_json(self) -> Row:
+        """The level as JSON data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to compress.
+
+    Attributes:
+        label: in the tables.
+        by: ``ours``, or the package's name and version.
+        step: ``module:function``; called with ``case``, ``level``, ``target`` and ``arguments``.
+        arguments: more keyword arguments, JSON data.
+        restores: the label of the same method without training, whose loss this one is to win back.
+        trained: whether it trains; without training and with it are different leagues.
+        sparse: its zeros stay in place: it is compared at equal numbers that are not zero.
+        models: the subjects it is for; empty: all.
+        levels: the levels it is for, by name; empty: all.
+    """
+
+    label: str
+    by: str
+    step: str
+    arguments: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    restores: str | None = None
+    trained: bool = False
+    sparse: bool = False
+    models: tuple[str, ...] = ()
+    levels: tuple[str, ...] = ()
+
+    def fits(self, model: str, level: Level) -> bool:
+        """Whether it is to be run there."""
+        named = (not self.models or model in self.models) and (not self.levels or level.name in self.levels)
+        return named and (level.peers or self.by == "ours")
+
+
+def ours(label: str, pipeline: str, **more: Any) -> Method:
+    """One of our methods: a label and a pipeline with ``$`` numbers."""
+    return Method(label, "ours", f"{PACKAGE}.compress_methods:run_pipeline", {"pipeline": pipeline}, **more)
+
+
+GROUPS, QUERIES = "a third of the key-value groups", "a third of each group's query heads"
+BY_PARAMETERS, BY_TIME = "80% of the parameters", "80% of the milliseconds"
+BY_SPEED = "at most 15% of the MACs"
+"""Levels that only some methods are for."""
+
+_MEASURED = "compress{{sites={} target=$params allocator=knapsack score=optimal-compensation measure}}"
+_LANGUAGE, _ENCODER, _PHOTOS = ("smollm2-135m",), ("minilm-l6",), ("efficientnet-lite0",)
+
+_DISTILL = "distill{steps=300 learning_rate=0.0001}"
+_SEARCH = "generations=60 offspring=12 survivors=2 small=1 confidence=0.5 patience=20"
+
+
+def _healed(label: str, pipeline: str, **more: Any) -> tuple[Method, Method]:
+    """A method, and the same one with short distillation."""
+    return ours(label, pipeline, **more), ours(
+        f"{label}, distilled", f"{pipeline},{_DISTILL}", restores=label, trained=True, **more
+    )
+
+
+OURS: dict[str, tuple[Method, ...]] = {
+    "compress-depth": (
+        ours("block influence, greedy", "canonicalize,drop-layers{ratio=$ratio greedy}"),
+        ours("ShortGPT", "canonicalize,shortgpt{blocks=$count}"),
+        ours("ShortGPT, window", "canonicalize,shortgpt{blocks=$count window}"),
+        *_healed("EvoPress", f"canonicalize,evopress{{target=$params {_SEARCH}}}"),
+    ),
+    "compress-width": (
+        ours("FLAP", "canonicalize,flap{sites=mlp ratio=$ratio}"),
+        *_healed("COMP", "canonicalize,comp{target=$params}"),
+        ours(
+            "optimal compensation, least squares",
+            "canonicalize,compress{sites=mlp target=$params score=optimal-compensation}",
+        ),
+        ours("Tyr", "canonicalize,tyr{sites=mlp target=$params generations=20 offspring=8 iterations=2}"),
+    ),
+    "compress-heads": (
+        ours("FLAP", "canonicalize,flap{sites=heads target=$params}", levels=(GROUPS,)),
+        *_healed("measured levels", f"canonicalize,{_MEASURED.format('heads')}", levels=(GROUPS,)),
+        ours("Tyr", "canonicalize,tyr{sites=heads target=$params generations=20 offspring=8}", levels=(GROUPS,)),
+        ours("FLAP", "canonicalize,flap{sites=query-heads target=$params}", levels=(QUERIES,)),
+        ours("measured levels", f"canonicalize,{_MEASURED.format('query-heads')}", levels=(QUERIES,)),
+    ),
+    "compress-combined": (
+        *_healed(
+            "measured levels, branches and widths",
+            f"canonicalize,{_MEASURED.format('mlp,heads,drop-attention,drop-mlp')}",
+            levels=(BY_PARAMETERS,),
+        ),
+        ours(
+            "evolution, branches and widths",
+            "canonicalize,compress{sites=mlp,heads,drop-attention,drop-mlp target=$params allocator=evolution"
+            " score=optimal-compensation steps=8 generations=40 offspring=12}",
+            levels=(BY_PARAMETERS,),
+        ),
+        ours("EvoPress", f"canonicalize,evopress{{target=$params {_SEARCH}}}", levels=(BY_PARAMETERS,)),
+        ours(
+            "measured levels, milliseconds",
+            "canonicalize,compress{sites=mlp,heads,drop-attention,drop-mlp target=$ms budget=ms allocator=knapsack"
+            " score=optimal-compensation measure multiple=16}",
+            levels=(BY_TIME,),
+        ),
+        ours(
+            "EvoPress, milliseconds",
+            f"canonicalize,evopress{{target=$ms budget=ms {_SEARCH}}}",
+            levels=(BY_TIME,),
+        ),
+        ours(
+            "SHRP, distilled",
+            "canonicalize,shrp{stage=expand heads=1 width=384}",
+            models=_ENCODER,
+            levels=(BY_SPEED,),
+            trained=True,
+        ),
+    ),
+    "compress-vision": (
+        ours("FLAP", "canonicalize,fold-batchnorm,flap{sites=channels target=$params}"),
+        ours("fluctuation, least squares", "canonicalize,fold-batchnorm,compress{sites=channels target=$params}"),
+        *_healed(
+            "optimal compensation, least squares",
+            "canonicalize,fold-batchnorm,compress{sites=channels target=$params score=optimal-compensation}",
+        ),
+        ours(
+            "Tyr",
+            "canonicalize,fold-batchnorm,tyr{sites=channels target=$params generations=20 offspring=8 iterations=2}",
+        ),
+    ),
+}
+"""Our methods by suite."""
+
+
+def fill(pipeline: str, level: Mapping[str, Any]) -> str:
+    """The pipeline with the level's numbers in it.
+
+    Raises:
+        GraphlatheError: it names a number that levels do not have.
+    """
+    numbers = {key: f"{value:.6g}" if isinstance(value, float) else str(value) for key, value in level.items()}
+    try:
+        return Template(pipeline).substitute(numbers)
+    except (KeyError, ValueError) as error:
+        raise GraphlatheError(f"in the pipeline '{pipeline}': {error}", expected=f"of {', '.join(numbers)}") from error
+
+
+def run_pipeline(case: Mapping[str, Any], level: Mapping[str, Any], target: str, pipeline: str) -> Row:
+    """Run one of our pipelines on the dense program and write the ONNX file."""
+    subject = subject_of(Case.from_json(case))
+    module, batches = subject.module(), subject.calibration()
+    program = subject.program(module)
+    text = fill(pipeline, level)
+    with Search(subject, module) as search:
+        result = optimize(program, passes=text, calibration=batches, progress=False, costs=False)
+    result.export_onnx(target, fallback=False)
+    return {"pipeline": text, **search.row(), "plan": result.plan}
+
+
+class Search:
+    """What the code in ``with`` blocks costs: processor and wall seconds, and the work in units of the dense model.
+
+    Args:
+        subject: whose dense model's work on one unit (a token, an image) is the measure.
+        module: the dense module, if it is there already.
+    """
+
+    def __init__(self, subject: Subject, module: torch.nn.Module | None = None) -> None:
+        feeds = subject.example()
+        dense = module or subject.module()
+        with torch.no_grad():
+            self._unit = count_macs(lambda: dense(**feeds)) / subject.units(feeds)
+        self._counter = WorkCounter()
+        self.seconds = self.cpu_seconds = 0.0
+
+    def __enter__(self) -> Search:
+        self._start = time.perf_counter(), time.process_time()
+        self._counter.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._counter.__exit__(*error)
+        self.seconds += time.perf_counter() - self._start[0]
+        self.cpu_seconds += time.process_time() - self._start[1]
+
+    def row(self, outside: int = 0) -> Row:
+        """The columns; ``outside`` are units that were computed where PyTorch does not see them."""
+        units = round(self._counter.macs / self._unit) + outside
+        return {"search_units": units, "search_seconds": self.seconds, "search_cpu_seconds": self.cpu_seconds}
+
+
+def export_module(subject: Subject, module: torch.nn.Module, target: str) -> Path:
+    """Write a changed module's ONNX file the way the dense one was written."""
+    return subject.program(module.eval()).export_onnx(target, fallback=False)

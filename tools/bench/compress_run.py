@@ -1,0 +1,146 @@
+"""The protocol of the compression suites: each method in a process of its own, all results measured by the same code.
+
+For every subject: the dense model is written and measured once; then, at every level, each method writes a file, and
+that file is measured beside the dense one. A method that fails is a row with its reason. Same seed, same data, same
+exporter, one thread.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ...ir.errors import GraphlatheError
+from .base import Result, Row, Run
+from .compress_goals import goals_of, latency_over_macs
+from .compress_methods import OURS, PACKAGE, Level, Method
+from .compress_peers import install, peers_of
+from .compress_subject import Case
+from .measure import measure_in_subprocess
+
+STEP_TIMEOUT = 6 * 3600.0
+_THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One subject of a suite.
+
+    Attributes:
+        case: what is measured, and how much.
+        quick: the same, small.
+        levels: the levels, from the dense model's facts (`compress_facts.facts`) and its measured row.
+        quick_levels: how many of them a quick run has.
+    """
+
+    case: Case
+    quick: Case
+    levels: Callable[[Mapping[str, Any], Row], Sequence[Level]]
+    quick_levels: int = 1
+
+
+def run_parts(suite: str, parts: Sequence[Part], context: Run) -> Result:
+    """Measure all parts of a suite."""
+    folder, missing = install(context.peers)
+    result = Result()
+    result.notes += [f"{package}: {reason}" for package, reason in missing.items()]
+    with _one_thread(), tempfile.TemporaryDirectory(prefix="graphlathe-compress-") as work:
+        for part in parts:
+            case = replace(part.quick if context.quick else part.case, peers=str(folder), work=work)
+            measured = _run_part(suite, part, case, Path(work), context)
+            result.rows += measured.rows
+            result.goals += measured.goals
+            result.notes += measured.notes
+    result.notes += [
+        "one thread; times are medians of processor time over rounds that were undisturbed (wall / processor <= 1.3)",
+        "search units: the work of the search over that of one token (or image) in the dense model; ours include the "
+        "passes' own reports of drift",
+        "latency over MACs: by how much of its share the time of the longest input fell, over that of multiply-adds",
+    ]
+    return result
+
+
+@contextmanager
+def _one_thread() -> Generator[None]:
+    old = {name: os.environ.get(name) for name in _THREADS}
+    os.environ.update(_THREADS)
+    try:
+        yield
+    finally:
+        for name, value in old.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _run_part(suite: str, part: Part, case: Case, work: Path, context: Run) -> Result:
+    result = Result()
+    context.say(f"{case.model}: the dense model")
+    dense = work / f"{case.model}-dense.onnx"
+    written = measure_in_subprocess(
+        f"{PACKAGE}.compress_facts:write_dense", {"case": case.to_json(), "target": str(dense)}, timeout=STEP_TIMEOUT
+    )
+    facts: dict[str, Any] = written.result
+    if facts["source"]:
+        result.notes.append(f"{case.model}: text from {facts['source']}")
+    base = _measured(case, dense, dense)
+    result.rows.append({"model": case.model, "level": "dense", "method": "-", "by": "-", "state": "ok", **shown(base)})
+    levels = list(part.levels(facts, base))
+    methods = [*OURS[suite], *peers_of(suite)]
+    rows: list[tuple[Method, Level, Row]] = []
+    for level in levels[: part.quick_levels] if context.quick else levels:
+        for method in methods:
+            name = f"{case.model}, {level.name}, {method.by}: {method.label}"
+            if not method.fits(case.model, level) or (context.only and context.only not in name):
+                continue
+            context.say(name)
+            row = run_method(method, level, case, dense, work)
+            share = latency_over_macs(row, base)
+            row |= {} if math.isnan(share) else {"latency_over_macs": share}
+            rows.append((method, level, row))
+            result.rows.append(shown(row))
+            pipeline = row.get("pipeline")
+            if pipeline:
+                result.notes.append(f"{name} = {pipeline}")
+    result.goals += goals_of(case.model, base, rows)
+    return result
+
+
+def run_method(method: Method, level: Level, case: Case, dense: Path, work: Path) -> Row:
+    """One method at one level: its row, or a row that says why there is nothing to measure."""
+    row: Row = {"model": case.model, "level": level.name, "method": method.label, "by": method.by, "state": "ok"}
+    arguments = {"case": case.to_json(), "level": level.to_json(), **method.arguments}
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        target = Path(folder) / "changed.onnx"
+        try:
+            made = measure_in_subprocess(method.step, {**arguments, "target": str(target)}, timeout=STEP_TIMEOUT)
+            row |= {key: value for key, value in made.result.items() if key != "plan"}
+            row["peak_bytes"] = made.peak_rss_bytes
+            row |= _measured(case, dense, target)
+        except GraphlatheError as error:
+            return row | {"state": f"failed: {_reason(error)}"}
+    return row
+
+
+def _reason(error: GraphlatheError) -> str:
+    text = " ".join(str(error).split())
+    # Which function failed in which process is known from the row.
+    return text.partition("failed in a process of its own: ")[2][:200] or text[:200]
+
+
+def _measured(case: Case, dense: Path, changed: Path) -> Row:
+    arguments = {"case": case.to_json(), "dense": str(dense), "changed": str(changed)}
+    found: Row = measure_in_subprocess(f"{PACKAGE}.compress_evaluate:evaluate", arguments, timeout=STEP_TIMEOUT).result
+    return found
+
+
+def shown(row: Row) -> Row:
+    """The row as it is printed: without the paired times of the dense model, which only ratios need."""
+    return {key: value for key, value in row.items() if not key.startswith("dense_") and key != "pipeline"}
