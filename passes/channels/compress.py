@@ -11,10 +11,12 @@ Weights are cut for real: the program gets smaller matrices, not zeros. Publishe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
+from ...ir.errors import PreconditionError
 from ...ir.program import Program
 from ..base import Case, Context, Effect, Stats, option
 from ..search.allocators.evolution import Settings, Stage
@@ -56,6 +58,7 @@ class Compress(WidthPass):
     allocator: str = option("global-threshold", choices=ALLOCATORS, help="how much goes where")
     compensation: str = option("least-squares", choices=COMPENSATIONS, help="how the rest makes up for it")
     standardize: bool = option(True, help="compare scores of different sites by how they stand out within their site")
+    rank: int = option(0, ge=0, help="rank of a map, fitted in closed form, in the place of what is dropped; 0: none")
     floor: float = option(0.0, ge=0, lt=1, help="share of every site that stays at least")
     multiple: int = option(1, ge=1, help="what stays of a cut site is a multiple of this")
     steps: int | None = option(None, ge=1, help="levels per site; none: every number of channels")
@@ -79,6 +82,7 @@ class Compress(WidthPass):
             multiple=self.multiple,
             standardize=self.standardize,
             per_saving=self.standardize,
+            rank=self.rank,
         )
 
     def run(self, program: Program, ctx: Context) -> Stats:
@@ -102,6 +106,12 @@ class Compress(WidthPass):
             settings = Settings(generations=self.generations, offspring=self.offspring, stages=stages, seed=self.seed)
             seeds = cheap_states(levels, limit)
             outcome, history = search(program, table.places, levels, limit, batches, ctx, settings, seeds)
+            if not math.isfinite(outcome.score):
+                raise PreconditionError(
+                    "the outputs of the best candidate are not numbers",
+                    pass_name=self.name,
+                    remedy="look for NaN or infinity in the calibration data and the weights",
+                )
             return outcome.state, history
 
         return choose

@@ -63,6 +63,8 @@ class Tyr(WidthPass):
     generations: int = option(50, ge=0, help="generations of each search")
     offspring: int = option(32, ge=1, help="new candidates per generation")
     small: int = option(1, ge=1, help="calibration batches that candidates are first judged on")
+    damping: float | None = option(None, ge=0, help="of the layers' fits; none: what does best on data not fitted to")
+    large: int | None = option(None, ge=1, help="calibration batches that survivors are judged on; none: all")
     seed: int = option(0, ge=0, help="equal seeds give equal searches")
 
     def recipe(self) -> Recipe:
@@ -92,6 +94,9 @@ class Tyr(WidthPass):
             program, sites, meter, ctx, dict.fromkeys(_indices(sites), share), self.step
         )
         table.blocked = {**blocked, **skipped}
+        known = {place.index for place in table.places}
+        sites = [site for site in sites if site.index in known]
+        table.whole = meter.whole(sites, [])
         if not table.places:
             raise nothing_to_remove(self.sites, table.blocked)
 
@@ -127,7 +132,7 @@ class Tyr(WidthPass):
             numbers |= {site.size - 1} if step == self.step else {1}
             counts[site.index] = sorted(numbers - {0})
             middle[site.index] = min(max(round(around[site.index] * site.size), 0), site.size - 1)
-        return obs_places(program, sites, meter, ctx, counts, middle=middle, rounds=_ROUNDS)
+        return obs_places(program, sites, meter, ctx, counts, middle=middle, rounds=_ROUNDS, damping=self.damping)
 
     def _search(
         self,
@@ -139,8 +144,9 @@ class Tyr(WidthPass):
         limit: float,
     ) -> tuple[Sequence[int], dict[str, Any]]:
         batches = ctx.calibration or ()
-        small = min(self.small, len(batches))
-        stages = (Stage(4, small), Stage(1, len(batches))) if small < len(batches) else (Stage(1, small),)
+        large = len(batches) if self.large is None else min(self.large, len(batches))
+        small = min(self.small, large)
+        stages = (Stage(4, small), Stage(1, large)) if small < large else (Stage(1, large),)
         settings = Settings(
             generations=self.generations, offspring=self.offspring, max_flips=4, stages=stages, seed=self.seed
         )

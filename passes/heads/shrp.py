@@ -32,7 +32,7 @@ from ...ir.axes import cut_all
 from ...ir.errors import PipelineError, PostconditionError, PreconditionError
 from ...ir.program import Program
 from ..base import Case, Context, Effect, Pass, Prop, Stats, option
-from ..search.compensation.distill import DistillSettings, distill
+from ..search.compensation.distill import DistillSettings, distill, split
 from ..search.sites import ChannelSite
 from .blocks import HeadBlock, find_sites, head_blocks
 from .expander import expand
@@ -196,7 +196,11 @@ class Shrp(Pass):
         self, program: Program, teacher: Program, blocks: Sequence[HeadBlock], ctx: Context, stats: Stats
     ) -> None:
         """Rewrite the blocks in order, each fitted on what the ones before it give now."""
-        now, dense = (Observed(p, ctx.calibration or ()) for p in (program, teacher))
+        batches = list(ctx.calibration or ())
+        if self.steps:
+            # What the distillation holds out must be new to the closed forms, too, or it would prefer them to training.
+            batches = [batches[index] for index in split(len(batches), self._settings(self.steps, ctx))[0]]
+        now, dense = (Observed(p, batches) for p in (program, teacher))
         rows: list[dict[str, Any]] = []
         kept: list[tuple[HeadBlock, Sequence[int]]] = []
         for block in ctx.progress(blocks, len(blocks), "closed forms"):

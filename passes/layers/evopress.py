@@ -19,11 +19,12 @@ Source: EvoPress (Sieberling et al. 2024, arXiv 2410.14649).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from ...ir.errors import PipelineError, PostconditionError
+from ...ir.errors import PipelineError, PostconditionError, PreconditionError
 from ...ir.program import Program
 from ..base import Case, Context, Effect, Pass, Prop, Stats, option
 from ..search.allocators.evolution import Settings, Stage
@@ -66,10 +67,12 @@ class EvoPress(Pass):
     bits: tuple[int, ...] = option((8, 4, 3, 2), ge=2, le=8, help="bits: the levels")
     group: int = option(64, ge=1, help="bits: input channels that share a scale and a zero point")
     method: str | None = option(None, choices=METHODS, help="how a level is solved; none: the best one of the mode")
+    rank: int = option(0, ge=0, help="rank of a map, fitted in closed form, in the place of what is dropped; 0: none")
     generations: int = option(100, ge=0, help="generations at most")
     offspring: int = option(16, ge=1, help="new candidates per generation")
     survivors: int = option(3, ge=1, help="candidates that are judged on all the data")
     small: int = option(1, ge=1, help="calibration batches that candidates are first judged on")
+    large: int | None = option(None, ge=1, help="calibration batches that survivors are judged on; none: all")
     patience: int | None = option(None, ge=1, help="stop after so many generations without a better candidate")
     confidence: float = option(1.0, ge=0, help="standard errors by which a candidate must be better; the paper's is 0")
     seed: int = option(0, ge=0, help="equal seeds give equal searches")
@@ -100,12 +103,14 @@ class EvoPress(Pass):
             unit=_UNITS.get(self.mode, self.budget),
             ratio=self.ratio,
             target=self.target,
+            rank=self.rank,
         )
 
     def settings(self, batches: int) -> Settings:
         """How to search, with so many calibration batches."""
-        small = min(self.small, batches)
-        stages = (Stage(1, batches),) if small == batches else (Stage(self.survivors, small), Stage(1, batches))
+        large = batches if self.large is None else min(self.large, batches)
+        small = min(self.small, large)
+        stages = (Stage(1, large),) if small == large else (Stage(self.survivors, small), Stage(1, large))
         return Settings(
             generations=self.generations,
             offspring=self.offspring,
@@ -132,6 +137,12 @@ class EvoPress(Pass):
             outcome, history = search(
                 program, table.places, levels, limit, batches, ctx, self.settings(len(batches)), seeds
             )
+            if not math.isfinite(outcome.score):
+                raise PreconditionError(
+                    "the outputs of the best candidate are not numbers",
+                    pass_name=self.name,
+                    remedy="look for NaN or infinity in the calibration data and the weights",
+                )
             return outcome.state, history
 
         return compress(program, recipe, ctx, self.to_text(), name=self.name, table=table, allocator=choose)
@@ -152,7 +163,7 @@ class EvoPress(Pass):
         old, new = ([(s.name, s.dtype, str(s.shape)) for s in p.outputs] for p in (before, program))
         if old != new:
             raise PostconditionError(f"the outputs changed from {old} to {new}", pass_name=self.name)
-        if self.mode == "depth" and not program.used_weights() <= before.used_weights():
+        if self.mode == "depth" and not self.rank and not program.used_weights() <= before.used_weights():
             raise PostconditionError("new weights appeared", pass_name=self.name)
 
     @classmethod

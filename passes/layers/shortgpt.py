@@ -13,7 +13,8 @@ Source: ShortGPT (Men et al. 2024, arXiv 2403.03853), eq. 1; the window: Gromov 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -22,6 +23,7 @@ from ...ir.program import Program
 from ...ir.rewrite import Rewriter
 from ..base import Case, Context, Effect, Pass, Prop, Stats, option
 from ..search.apply import drop
+from ..search.correct import correct
 from ..search.plan import Decision, Plan
 from ..search.scores.block_influence import block_influence
 from ..search.scores.window import best_window
@@ -46,6 +48,7 @@ class ShortGpt(Pass):
     ratio: float | None = option(None, ge=0, lt=1, help="share of the blocks to drop, rounded to the nearest number")
     blocks: int | None = option(None, ge=0, help="how many blocks to drop")
     window: bool = option(False, help="drop neighbours, scored as one")
+    rank: int = option(0, ge=0, help="rank of a map, fitted in closed form, in the place of what is dropped; 0: none")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,7 +82,12 @@ class ShortGpt(Pass):
         before = program.parameter_count
         fingerprint = program.fingerprint()
         rewriter = Rewriter(program, self.name)
-        drop(rewriter, [units[index] for index in chosen])
+        dropped = [units[index] for index in chosen]
+        if self.rank and dropped:
+            made, notes = correct(program, dropped, self.rank, ctx, rewriter)
+            stats.notes += [*notes, f"{made} maps of rank {self.rank} in the place of {len(dropped)} dropped blocks"]
+        else:
+            drop(rewriter, dropped)
         stats.hits = len(chosen)
         why = "one window" if self.window else "lowest block influence"
         decisions = tuple(
@@ -88,7 +96,7 @@ class ShortGpt(Pass):
             for u in units if not u.blocked
         )  # fmt: skip
         budget = {"unit": "params", "before": before, "after": program.parameter_count}
-        plan = Plan(decisions, self.to_text(), program=fingerprint, budget=budget, blocked=stats.misses)
+        plan = Plan(decisions, self.to_text(), rank=self.rank, program=fingerprint, budget=budget, blocked=stats.misses)
         stats.plan = plan.to_json()
         return stats
 
@@ -101,17 +109,28 @@ class ShortGpt(Pass):
             return set(), {}
         if self.window:
             chosen, scores = best_window(program, units, wanted, ctx)
+            self._check_numbers(scores)
             return set(chosen), scores
         free = [unit for unit in units if not unit.blocked]
         scores = block_influence(program, free, (), ctx)
+        self._check_numbers(scores)
         return set(sorted((unit.index for unit in free), key=lambda i: (scores[i], i))[:wanted]), scores
 
+    def _check_numbers(self, scores: Mapping[int, float]) -> None:
+        wrong = next((index for index, score in scores.items() if not math.isfinite(score)), None)
+        if wrong is not None:
+            raise PreconditionError(
+                f"how much block {wrong} turns the stream is not a number",
+                pass_name=self.name,
+                remedy="look for NaN or infinity in the calibration data and the weights",
+            )
+
     def ensure(self, before: Program, program: Program, stats: Stats) -> None:
-        """The interface must be untouched, and no weight be new."""
+        """The interface must be untouched, and no weight be new but those of maps."""
         old, new = ([(s.name, s.dtype, str(s.shape)) for s in p.outputs] for p in (before, program))
         if old != new:
             raise PostconditionError(f"the outputs changed from {old} to {new}", pass_name=self.name)
-        if not program.used_weights() <= before.used_weights():
+        if not self.rank and not program.used_weights() <= before.used_weights():
             raise PostconditionError("new weights appeared", pass_name=self.name)
 
     @classmethod

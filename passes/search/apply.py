@@ -18,6 +18,7 @@ from ...ir.program import Program
 from ...ir.rewrite import Rewriter
 from ..base import Context
 from .biases import give_bias
+from .correct import correct
 from .linear_apply import KIND as LINEAR
 from .linear_apply import apply_linear
 from .plan import Decision, Plan
@@ -101,7 +102,11 @@ def apply_plan(
     # Units are dropped last: groups hold the names of their operators.
     result.notes += cut_sites(program, cuts, ctx, made_by)
     result.cut = len(cuts)
-    drop(rewriter, units)
+    if plan.rank and units:
+        corrected, notes = correct(program, units, plan.rank, ctx, rewriter, fit=fit)
+        result.notes += [*notes, f"{corrected} maps of rank {plan.rank} in the place of {len(units)} dropped units"]
+    else:
+        drop(rewriter, units)
     result.dropped = len(units)
     return result
 

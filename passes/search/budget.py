@@ -14,6 +14,7 @@ with a tighter limit where it is not small enough.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from types import SimpleNamespace
@@ -32,6 +33,7 @@ from ...ir.execute import needed
 from ...ir.program import Program
 from ..base import Context
 from .biases import bias_type, own_bias, why_no_bias
+from .correct import correction_size
 from .refit import why_not_fitted
 from .sites import ChannelSite
 from .units import Unit
@@ -134,6 +136,14 @@ class Meter:
             and not why_no_bias(consumer)
         }
         return sum(size * {"params": 1, "bytes": dtype.itemsize}.get(self.unit, 0) for size, dtype in bare.values())
+
+    def correction(self, unit: Unit, rank: int) -> int:
+        """What a map of low rank in the place of a dropped unit costs, see `correct`."""
+        size = correction_size(unit, rank)
+        if self.unit == "macs" and size:
+            *positions, width = self._shape(unit.by, {}).shape
+            return (size - width) * math.prod(positions)  # the bias is no product
+        return size * {"params": 1, "bytes": unit.by.meta["val"].dtype.itemsize}.get(self.unit, 0)
 
     def drop(self, units: Sequence[Unit]) -> float:
         """What dropping units of a stream saves."""

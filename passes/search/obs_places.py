@@ -20,11 +20,15 @@ from ...ir.program import Program
 from ...ir.weights import Weight
 from ..base import Context
 from .budget import Meter
+from .compensation.base import Compensated
+from .compensation.least_squares import least_squares
 from .consumers import Consumer, other_readers, weight_matrix, with_weight_matrix
 from .flow import Walk
 from .levels import Level, Place
+from .local.columns import group_compensation_scores
 from .local.obs import Removal, remove_groups
-from .refit import Sums, counted_rows
+from .refit import counted_rows
+from .sample_sums import Samples, Sums, chosen_damping
 from .scores.base import atom_columns
 from .sites import ChannelSite
 
@@ -38,7 +42,7 @@ def obs_places(
     *,
     middle: Mapping[int, int],
     rounds: Mapping[str, int],
-    damping: float = 0.01,
+    damping: float | None = None,
 ) -> tuple[list[Place], dict[str, int]]:
     """Places whose levels remove given numbers of atoms.
 
@@ -50,7 +54,8 @@ def obs_places(
         counts: for each site's index, increasing numbers of atoms to remove, each below the number of atoms.
         middle: for each site's index, the number of atoms (one of its counts, or 0) that later sites expect to be gone.
         rounds: by kind, in how many rounds atoms are removed; 1 for other kinds.
-        damping: share of the mean diagonal added to Gram matrices.
+        damping: share of the mean diagonal added to Gram matrices; None: for each site the one that does best on data
+            that it was not fitted to.
 
     Returns:
         The places, and why other sites were left out, with counts.
@@ -72,15 +77,21 @@ def obs_places(
         if reason or not counts[site.index]:
             blocked[reason or "too few atoms"] = blocked.get(reason or "too few atoms", 0) + 1
             continue
-        sums = {consumer: Sums() for consumer in site.consumers}
+        samples = {consumer: Samples() for consumer in site.consumers}
         operands = {consumer.operand for consumer in site.consumers}
-        for batch, before, after in zip(ctx.calibration, dense, now, strict=True):
+        for number, (batch, before, after) in enumerate(zip(ctx.calibration, dense, now, strict=True)):
             x = before.values(operands, {}, site.first)
             z = after.values(operands, expected, site.first)
             for consumer in site.consumers:
                 rows = (counted_rows(consumer, batch, value[consumer.operand]) for value in (z, x))
-                sums[consumer].add(*rows, products=True)
-        removals = _pruned(program, site, sums, counts[site.index], rounds.get(site.kind, 1), damping)
+                samples[consumer].add(number, len(dense), *rows, products=True)
+        sums = {consumer: each.all for consumer, each in samples.items()}
+        _check(site, sums)
+        level = damping
+        if level is None:
+            typical = middle[site.index] or counts[site.index][len(counts[site.index]) // 2]
+            level = _damping(program, site, samples, sums, typical)
+        removals = _pruned(program, site, sums, counts[site.index], rounds.get(site.kind, 1), level)
         fitted |= {consumer.weight for consumer in site.consumers}
         place = _place(program, site, sums, removals, meter)
         places.append(place)
@@ -100,6 +111,43 @@ def _unfit(program: Program, site: ChannelSite, fitted: Collection[str]) -> str:
     return f"weight '{twice[0].weight}' is fitted for another site already" if twice else site.group.zero_reason
 
 
+def _check(site: ChannelSite, sums: Mapping[Consumer, Sums]) -> None:
+    for consumer, seen in sums.items():
+        if not seen.count or seen.gram is None or not bool(seen.gram.isfinite().all()):
+            raise PreconditionError(
+                f"what {site.label} reads on the calibration data "
+                + ("holds NaN or infinity" if seen.count else "has no position that counts"),
+                node=consumer.operand.name,
+                origin=consumer.origin,
+                remedy="look at the calibration data and the weights",
+            )
+
+
+def _damping(
+    program: Program,
+    site: ChannelSite,
+    samples: Mapping[Consumer, Samples],
+    sums: Mapping[Consumer, Sums],
+    count: int,
+) -> float:
+    """The damping with which the widest consumer, without its ``count`` least important atoms, does best elsewhere."""
+    consumer = max(site.consumers, key=lambda c: len(c.labels))
+    weight = weight_matrix(program, consumer).double()
+    gram = sums[consumer].gram
+    assert gram is not None
+    columns = atom_columns(site, consumer)
+    gone = group_compensation_scores(weight, gram, columns).argsort()[:count]
+    kept = torch.ones(weight.shape[1], dtype=torch.bool)
+    kept[columns[gone].flatten()] = False
+
+    def fit(part: Sums, damping: float) -> Compensated:
+        assert part.gram is not None and part.cross is not None
+        target = part.cross / part.count @ weight.T
+        return least_squares(weight, kept, part.gram / part.count, damping=damping, target=target)
+
+    return chosen_damping(samples[consumer], weight, fit)
+
+
 def _pruned(
     program: Program,
     site: ChannelSite,
@@ -113,14 +161,7 @@ def _pruned(
     offset = 0
     for consumer in site.consumers:
         seen = sums[consumer]
-        if not seen.count or seen.gram is None or seen.cross is None or not bool(seen.gram.isfinite().all()):
-            raise PreconditionError(
-                f"what {site.label} reads on the calibration data "
-                + ("holds NaN or infinity" if seen.count else "has no position that counts"),
-                node=consumer.operand.name,
-                origin=consumer.origin,
-                remedy="look at the calibration data and the weights",
-            )
+        assert seen.gram is not None and seen.cross is not None
         weight = weight_matrix(program, consumer).double()
         weights.append(weight)
         grams.append(seen.gram / seen.count)

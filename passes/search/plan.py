@@ -69,6 +69,7 @@ class Plan:
         decisions: one for every place that was looked at.
         made_by: the text of the pass.
         compensation: how the rest makes up for what is removed; needed to apply the plan again.
+        rank: of the maps that take the places of dropped units; 0 for none.
         program: fingerprint of the program that it was made for.
         budget: unit, limit, before, after.
         search: the history of the search, for pictures; None where there was none.
@@ -78,6 +79,7 @@ class Plan:
     decisions: tuple[Decision, ...]
     made_by: str = ""
     compensation: str = "none"
+    rank: int = 0
     program: str = ""
     budget: Mapping[str, Any] = field(default_factory=dict[str, Any])
     search: Mapping[str, Any] | None = None
@@ -95,6 +97,7 @@ class Plan:
             "version": VERSION,
             "made_by": self.made_by,
             "compensation": self.compensation,
+            "rank": self.rank,
             "program": self.program,
             "budget": dict(self.budget),
             "sites": [{**asdict(d), "removed": list(d.removed), "kept": list(d.kept)} for d in self.decisions],
@@ -123,6 +126,9 @@ class Plan:
         for name in ("budget", "search", "blocked"):
             if not isinstance(data.get(name), dict | None):
                 raise InputError(f"{where}: '{name}' is {data[name]!r}", expected="an object")
+        rank = data.get("rank", 0)
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
+            raise InputError(f"{where}: 'rank' is {rank!r}", expected="a number from 0 on")
         decisions = tuple(_decision(site, f"site {number} of {where}") for number, site in enumerate(sites))
         seen: dict[tuple[str, int], int] = {}
         for number, decision in enumerate(decisions):
@@ -136,6 +142,7 @@ class Plan:
             decisions=decisions,
             made_by=str(data.get("made_by", "")),
             compensation=str(data.get("compensation", "none")),
+            rank=rank,
             program=str(data.get("program", "")),
             budget=data.get("budget") or {},
             search=data.get("search"),

@@ -51,6 +51,7 @@ class Recipe:
         standardize: whether scores are standardised per site before sites are compared.
         per_saving: whether the harm of an atom is its score (False), or its score times what it saves, so that an
             allocator that compares harm per saving compares scores.
+        rank: of maps in the place of dropped units, see `correct`; 0 for none.
     """
 
     kinds: tuple[str, ...]
@@ -65,6 +66,7 @@ class Recipe:
     multiple: int = 1
     standardize: bool = False
     per_saving: bool = False
+    rank: int = 0
 
 
 def table_of(program: Program, recipe: Recipe, ctx: Context) -> Table:
@@ -102,11 +104,12 @@ def table_of(program: Program, recipe: Recipe, ctx: Context) -> Table:
                 weighted=recipe.per_saving,
                 least_score=min(least, 0.0),
                 drop=unit,
+                rank=recipe.rank,
             )
         )
     for kind in recipe.kinds:
         if kind in DROPS:
-            more, why = drop_places(program, found, DROPS[kind], meter)
+            more, why = drop_places(program, found, DROPS[kind], meter, recipe.rank)
             places += [place for place in more if (DROPS[kind], place.index) not in held]
             blocked = {**blocked, **why}
     if not places:
@@ -209,6 +212,7 @@ def plan_of(program: Program, table: Table, recipe: Recipe, state: Sequence[int]
         decisions=tuple(decisions),
         made_by=made_by,
         compensation=recipe.compensation,
+        rank=recipe.rank,
         program=program.fingerprint(),
         budget={"unit": recipe.unit, "before": table.total},
         blocked=table.blocked,

@@ -4,7 +4,8 @@ The sites are walked in graph order. At each, two flows are compared on the cali
 the unchanged model, ``x``, and what it reads now that everything before it is changed, ``z``. The columns that stay are
 chosen for ``z`` so that the output is that of the unchanged layer on ``x``: errors of earlier layers are corrected
 instead of being passed on (the accumulation of expected errors of Tyr; GPTQ-style methods fit ``z`` to itself).
-With ``sequential`` off both are the unchanged flow, as in FLAP.
+With ``sequential`` off both are the unchanged flow, as in FLAP. How much a fit is damped is chosen by what it does on
+data that it did not see (`sample_sums.chosen_damping`).
 """
 
 from __future__ import annotations
@@ -32,37 +33,10 @@ from .consumers import Consumer, columns_labels, input_rows, other_readers, weig
 from .flow import Walk
 from .levels import combined, zeroed
 from .rows import unflattened
+from .sample_sums import Samples, Sums, chosen_damping
 from .sites import ChannelSite
 
 Cut = tuple[ChannelSite, tuple[int, ...]]
-
-
-@dataclass
-class Sums:
-    """What is known of a consumer's inputs, in float64; sums over rows, so that batches (and workers) add up.
-
-    Attributes:
-        count: rows.
-        now, before: [in], sums of ``z`` and of ``x``.
-        gram: [in, in], sum of ``z^T z``; None where only means are needed.
-        cross: [in, in], sum of ``z^T x``.
-    """
-
-    count: int = 0
-    now: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
-    before: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
-    gram: torch.Tensor | None = None
-    cross: torch.Tensor | None = None
-
-    def add(self, z: torch.Tensor, x: torch.Tensor, products: bool) -> None:
-        """Add rows [rows, in] of both flows."""
-        z, x = z.double(), x.double()
-        self.count += len(z)
-        self.now, self.before = self.now + z.sum(0), self.before + x.sum(0)
-        if products:
-            gram, cross = z.T @ z, z.T @ x
-            self.gram = gram if self.gram is None else self.gram + gram
-            self.cross = cross if self.cross is None else self.cross + cross
 
 
 @dataclass(frozen=True)
@@ -70,17 +44,17 @@ class Method:
     """A compensation.
 
     Attributes:
-        fit: ``(weight [out, in], kept columns, unit of each column, sums) -> Compensated``.
+        fit: ``(weight [out, in], kept columns, unit of each column, sums, damping) -> Compensated``.
         products: whether it needs Gram matrices; means alone otherwise.
         bias: whether it adds to the consumers' biases.
     """
 
-    fit: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Sums], Compensated]
+    fit: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Sums, float], Compensated]
     products: bool
     bias: bool
 
 
-def _bias(weight: torch.Tensor, kept: torch.Tensor, units: torch.Tensor, sums: Sums) -> Compensated:
+def _bias(weight: torch.Tensor, kept: torch.Tensor, units: torch.Tensor, sums: Sums, damping: float) -> Compensated:
     return bias(weight, kept, sums.before / sums.count)
 
 
@@ -97,12 +71,16 @@ def _moments(weight: torch.Tensor, sums: Sums) -> dict[str, torch.Tensor]:
     }
 
 
-def _least_squares(weight: torch.Tensor, kept: torch.Tensor, units: torch.Tensor, sums: Sums) -> Compensated:
-    return least_squares(weight, kept, **_moments(weight, sums))
+def _least_squares(
+    weight: torch.Tensor, kept: torch.Tensor, units: torch.Tensor, sums: Sums, damping: float
+) -> Compensated:
+    return least_squares(weight, kept, damping=damping, **_moments(weight, sums))
 
 
-def _mask_tuning(weight: torch.Tensor, kept: torch.Tensor, units: torch.Tensor, sums: Sums) -> Compensated:
-    return mask_tuning(weight, kept, groups=units, **_moments(weight, sums))
+def _mask_tuning(
+    weight: torch.Tensor, kept: torch.Tensor, units: torch.Tensor, sums: Sums, damping: float
+) -> Compensated:
+    return mask_tuning(weight, kept, groups=units, damping=damping, **_moments(weight, sums))
 
 
 METHODS: dict[str, Method] = {
@@ -167,9 +145,9 @@ def refit(
         work = [c for c in site.consumers if c.node in alive and _usable(program, site, c, how, result)]
         if not work:
             continue
-        sums = {consumer: Sums() for consumer in work}
+        samples = {consumer: Samples() for consumer in work}
         operands = {consumer.operand for consumer in work}
-        for batch, before, after in zip(ctx.calibration, dense, now, strict=True):
+        for number, (batch, before, after) in enumerate(zip(ctx.calibration, dense, now, strict=True)):
             x = before.values(operands, {}, site.first)
             z = after.values(operands, combined(program, (masked, result.weights)), site.first) if sequential else x
             for consumer in work:
@@ -177,9 +155,9 @@ def refit(
                     counted_rows(consumer, batch, z[consumer.operand]),
                     counted_rows(consumer, batch, x[consumer.operand]),
                 )
-                sums[consumer].add(*rows, how.products)
+                samples[consumer].add(number, len(dense), *rows, how.products)
         for consumer in work:
-            _fit(program, site, kept[consumer.node], consumer, sums[consumer], how, result)
+            _fit(program, site, kept[consumer.node], consumer, samples[consumer], how, result)
     for name, weight in masked.items():
         result.weights.setdefault(name, weight)
     return result
@@ -205,10 +183,11 @@ def _fit(
     site: ChannelSite,
     kept: torch.Tensor,
     consumer: Consumer,
-    sums: Sums,
+    samples: Samples,
     how: Method,
     result: Refit,
 ) -> None:
+    sums = samples.all
     finite = bool(sums.now.isfinite().all() and sums.before.isfinite().all())
     if not finite or not sums.count:
         what = "holds NaN or infinity" if sums.count else "has no position that counts"
@@ -219,7 +198,11 @@ def _fit(
             remedy="look at the calibration data and the weights",
         )
     matrix = weight_matrix(program, consumer)
-    fitted = how.fit(matrix, kept, torch.from_numpy(columns_labels(consumer)), sums)
+    units = torch.from_numpy(columns_labels(consumer))
+    damping = 0.0
+    if how.products:
+        damping = chosen_damping(samples, matrix, lambda part, damping: how.fit(matrix, kept, units, part, damping))
+    fitted = how.fit(matrix, kept, units, sums, damping)
     result.weights[consumer.weight] = with_weight_matrix(program, consumer, fitted.weight)
     result.notes += [f"{site.label}: {note}" for note in fitted.notes]
     name = own_bias(program, consumer)

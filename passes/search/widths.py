@@ -28,6 +28,7 @@ def width_place(
     weighted: bool = False,
     least_score: float = 0.0,
     drop: Unit | None = None,
+    rank: int = 0,
 ) -> Place:
     """A channel site as a place: each level removes more of its least important atoms.
 
@@ -45,6 +46,7 @@ def width_place(
             allocator that compares harm per saving.
         least_score: what all scores are counted from: no harm is negative if it is the lowest of all sites.
         drop: the branch that the site lies in, as a further and last level that drops it.
+        rank: of the map in its place; 0 for none.
     """
     size = site.size
     order = np.lexsort((-np.arange(size), scores))
@@ -73,13 +75,13 @@ def width_place(
         whole_branch = meter.drop([drop])
         # What only a drop saves (norms) belongs to every other level.
         levels = [_dearer(level, whole_branch - whole) for level in levels]
-        levels.append(Level("dropped", 0, drop=drop))
+        levels.append(Level("dropped", meter.correction(drop, rank), drop=drop))
         first = min(first, positions[drop.replaced])
     return Place(site.kind, site.label, site.block, tuple(levels), first, site.index, tuple(float(s) for s in scores))
 
 
 def drop_places(
-    program: Program, found: Structure, granularity: str, meter: Meter
+    program: Program, found: Structure, granularity: str, meter: Meter, rank: int = 0
 ) -> tuple[list[Place], dict[str, int]]:
     """Units of a stream as places with two levels, and why others cannot be dropped, with counts."""
     positions = {node: i for i, node in enumerate(program.graph.nodes)}
@@ -90,7 +92,8 @@ def drop_places(
         if unit.blocked:
             blocked[unit.blocked] = blocked.get(unit.blocked, 0) + 1
             continue
-        levels = (Level("untouched", round(meter.drop([unit]))), Level("dropped", 0, drop=unit))
+        dropped = Level("dropped", meter.correction(unit, rank), drop=unit)
+        levels = (Level("untouched", round(meter.drop([unit]))), dropped)
         block = unit.index if granularity == "block" else homes.get(unit.replaced)
         places.append(Place(f"drop-{granularity}", unit.label, block, levels, positions[unit.replaced], unit.index))
     return places, blocked

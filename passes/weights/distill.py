@@ -79,7 +79,11 @@ class Distill(Pass):
             seed=self.seed,
             warmup=min(20, self.steps),
         )
-        report = distill(program, ctx.original, ctx.calibration or (), settings, progress=ctx.progress)
+        try:
+            report = distill(program, ctx.original, ctx.calibration or (), settings, progress=ctx.progress)
+        except PreconditionError as error:
+            error.pass_name = self.name  # other passes distill as well
+            raise
         stats = Stats(hits=1 if report.best_step else 0, attempts=1, plan={"distillation": report.as_dict()})
         stats.notes.append(_summary(report))
         return stats

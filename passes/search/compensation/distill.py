@@ -121,25 +121,10 @@ class _Distillation:
         for feeds in self.batches:
             program.check_feeds(feeds)
         self.generator = torch.Generator().manual_seed(settings.seed)
-        self.train_set, self.held_set = self._split()
+        self.train_set, self.held_set = split(len(self.batches), settings)
         self.trainer = Trainer(program, names)
         self.cache: dict[int, Target] = {}
         self.cached_bytes = 0
-
-    def _split(self) -> tuple[list[int], list[int]]:
-        count = len(self.batches)
-        order: list[int] = torch.randperm(count, generator=self.generator).tolist()
-        if not self.settings.hold_out:
-            return order, []
-        if count < 2:
-            raise PreconditionError(
-                "there is one batch only, so none can be held out",
-                pass_name=_NAME,
-                expected="two batches or more",
-                remedy="split the batch, or set hold_out to 0 and train without early stopping",
-            )
-        held = min(max(1, round(self.settings.hold_out * count)), count - 1)
-        return order[held:], order[:held]
 
     def _target(self, index: int) -> Target:
         if index in self.cache:
@@ -263,6 +248,33 @@ class _Distillation:
         return [self.train_set[place] for place in places]
 
 
+def split(count: int, settings: DistillSettings) -> tuple[list[int], list[int]]:
+    """Which batches `distill` trains on, and which it holds out.
+
+    What is fitted before a distillation (closed forms) should leave the held-out ones alone as well: they could not
+    tell afterwards whether training helps.
+
+    Args:
+        count: how many batches there are.
+        settings: their ``hold_out`` and ``seed`` decide.
+
+    Raises:
+        PreconditionError: one is to be held out, and there is one only.
+    """
+    order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(settings.seed)).tolist()
+    if not settings.hold_out:
+        return order, []
+    if count < 2:
+        raise PreconditionError(
+            "there is one batch only, so none can be held out",
+            pass_name=_NAME,
+            expected="two batches or more",
+            remedy="split the batch, or set hold_out to 0 and train without early stopping",
+        )
+    held = min(max(1, round(settings.hold_out * count)), count - 1)
+    return order[held:], order[:held]
+
+
 def _no_number(what: str, batches: Sequence[int]) -> PreconditionError:
     return PreconditionError(
         f"{what} is no finite number (calibration batches {', '.join(map(str, sorted(batches)))})",
@@ -299,4 +311,4 @@ def positions(feeds: Batch) -> int:
     return max(counts) if counts else max((len(v) for v in tensors), default=0)
 
 
-__all__ = ["DistillReport", "DistillSettings", "Features", "distill", "positions", "schedule"]
+__all__ = ["DistillReport", "DistillSettings", "Features", "distill", "positions", "schedule", "split"]
