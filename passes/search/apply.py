@@ -6,7 +6,7 @@ The passes that choose use it as well, so that applying a saved plan gives what 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import fx
 
@@ -127,7 +127,8 @@ def cut_sites(program: Program, cuts: Sequence[Cut], ctx: Context, made_by: str)
     notes: list[str] = []
     for number, chosen in enumerate(_rounds(cuts)):
         found = _again(program, chosen, ctx, made_by) if number else chosen
-        pairs = [(site.group, _kept(site, removed)) for site, removed in found]
+        # Norms that are rescaled add places to their group: those of a site go on describing the uncut program.
+        pairs = [(replace(s.group, places=dict(s.group.places)), _kept(s, removed)) for s, removed in found]
         for site, (group, keep) in zip((site for site, _ in found), pairs, strict=True):
             if not group.zeroable and len(keep) < group.size:
                 missed = rescale_norms(program, group, keep, Rewriter(program, made_by, group.entry))

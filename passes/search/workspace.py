@@ -40,7 +40,7 @@ class _Shipped:
 
     Attributes:
         label, cost, error: as in `Level`.
-        drop: positions in the graph of the value that is replaced and of the one that replaces it.
+        drop: the names of the value that is replaced and of the one that replaces it.
         zero: weights with what is zero of them.
         stored: weights by their keys in the file of weights.
         cut: the group, and the atoms that go, where zeroing is not cutting.
@@ -49,7 +49,7 @@ class _Shipped:
     label: str
     cost: float
     error: float | None
-    drop: tuple[int, int] | None
+    drop: tuple[str, str] | None
     zero: dict[str, tuple[tuple[int, tuple[int, ...]], ...]]
     stored: dict[str, str]
     cut: tuple[ChannelGroup, tuple[int, ...]] | None
@@ -84,15 +84,16 @@ def write_workspace(folder: Path, program: Program, places: Sequence[Place], bat
     """
     folder.mkdir(parents=True, exist_ok=True)
     program.save(folder / _PROGRAM)
-    names = _same_nodes(program, Program.load(folder / _PROGRAM))
-    position = {node: i for i, node in enumerate(program.graph.nodes)}
+    again = Program.load(folder / _PROGRAM)
+    names = _same_nodes(program, again)
+    position = {node.name: i for i, node in enumerate(again.graph.nodes)}
+    # Where the nodes of the program as it is are in the one that workers read.
+    moved = [position[names[node.name]] for node in program.graph.nodes] + [len(position)]
     weights: dict[str, torch.Tensor] = {}
     shipped: list[tuple[Place, list[_Shipped]]] = []
     for number, place in enumerate(places):
-        levels = [
-            _ship(program, level, f"{number}.{i}", position, names, weights) for i, level in enumerate(place.levels)
-        ]
-        shipped.append((replace(place, levels=()), levels))
+        levels = [_ship(program, level, f"{number}.{i}", names, weights) for i, level in enumerate(place.levels)]
+        shipped.append((replace(place, levels=(), first=moved[place.first]), levels))
     save_file({name: value.contiguous() for name, value in weights.items()}, folder / _WEIGHTS)
     for number, batch in enumerate(batches):
         save_file({k: v.contiguous() for k, v in batch.items()}, folder / f"batch{number}.safetensors")
@@ -101,14 +102,21 @@ def write_workspace(folder: Path, program: Program, places: Sequence[Place], bat
 
 
 def _same_nodes(program: Program, again: Program) -> dict[str, str]:
-    """From the names of nodes to those of the same program after it was saved and loaded."""
-    old, new = list(program.graph.nodes), list(again.graph.nodes)
+    """From the names of nodes to those of the same program after it was saved and loaded.
+
+    Inputs and operators stay in their order; weights come in that of their first use, and are told by their targets.
+    """
+    old, new = (sorted(p.graph.nodes, key=_order) for p in (program, again))
     if [_what(node) for node in old] != [_what(node) for node in new]:
         raise GraphlatheError(
             "the program's nodes are in another order after it was saved, so workers cannot take part",
             remedy="evaluate in this process (executor=None)",
         )
     return {a.name: b.name for a, b in zip(old, new, strict=True)}
+
+
+def _order(node: fx.Node) -> tuple[bool, str]:
+    return node.op != "placeholder", str(node.target) if node.op == "get_attr" else ""
 
 
 def _what(node: fx.Node) -> tuple[str, str]:
@@ -119,7 +127,6 @@ def _ship(
     program: Program,
     level: Level,
     key: str,
-    position: dict[fx.Node, int],
     names: dict[str, str],
     weights: dict[str, torch.Tensor],
 ) -> _Shipped:
@@ -131,7 +138,7 @@ def _ship(
         else:
             stored[name] = f"{key}.{name}"
             weights[stored[name]] = weight.tensor()
-    drop = None if level.drop is None else (position[level.drop.replaced], position[level.drop.by])
+    drop = None if level.drop is None else (names[level.drop.replaced.name], names[level.drop.by.name])
     cut = None
     if level.site is not None and level.count and not level.site.group.zeroable:
         group = level.site.group
@@ -141,7 +148,7 @@ def _ship(
 
 def _read(folder: Path) -> Candidates:
     program = Program.load(folder / _PROGRAM)
-    nodes = list(program.graph.nodes)
+    nodes = {node.name: node for node in program.graph.nodes}
     stored = load_file(folder / _WEIGHTS)
     shipped, count = pickle.loads((folder / _PLACES).read_bytes())
     places = [
@@ -153,7 +160,7 @@ def _read(folder: Path) -> Candidates:
 
 
 def _unpack(
-    program: Program, level: _Shipped, nodes: list[fx.Node], stored: dict[str, torch.Tensor], place: Place
+    program: Program, level: _Shipped, nodes: dict[str, fx.Node], stored: dict[str, torch.Tensor], place: Place
 ) -> Level:
     replaced = {name: Weight(ZeroedSource(program.weights[name], index)) for name, index in level.zero.items()} | {
         name: Weight.from_tensor(stored[key]) for name, key in level.stored.items()

@@ -18,7 +18,7 @@ from graphlathe.ir.weights import Weight
 from graphlathe.kernels.dequantize import dequantize
 from graphlathe.kernels.quantize import quantize
 from graphlathe.passes.manager import PassManager
-from graphlathe.passes.search.compensation.distill import DistillSettings, distill, positions, schedule
+from graphlathe.passes.search.compensation.distill import DistillSettings, distill, positions, schedule, split
 from graphlathe.passes.search.compensation.gradients import Trainer
 from graphlathe.passes.search.compensation.targets import Distribution, divergence, losses, target_of
 from graphlathe.passes.search.compensation.trainable import trainable_weights
@@ -396,6 +396,23 @@ def test_the_schedule_rises_and_falls() -> None:
     assert factors[9] == 1.0 and factors[-1] == pytest.approx(0.05)
     assert factors[:10] == sorted(factors[:10]) and factors[9:] == sorted(factors[9:], reverse=True)
     assert schedule(1, 1, 10) > 0
+
+
+def test_the_split_is_what_is_trained_on() -> None:
+    """Of one step, the held-out batches and one other are read: those in which a broken number is noticed."""
+    teacher = affine()
+    settings = DistillSettings(steps=1, hold_out=0.25)
+    train, held = split(8, settings)
+    assert sorted(train + held) == list(range(8)) and len(held) == 2
+    noticed = []
+    for index in range(8):
+        data = vectors(8, 32, 6)
+        data[index]["x"][0, 0] = math.nan
+        try:
+            distill(teacher.clone(), teacher, data, settings)
+        except PreconditionError:
+            noticed.append(index)
+    assert len(noticed) == 3 and set(held) < set(noticed)
 
 
 def test_positions_are_counted_without_padding() -> None:
