@@ -1,8 +1,9 @@
 """The ``graphlathe`` command: its arguments, and what an error looks like.
 
-Commands are thin: each calls one function of its own module, imported when used, so that ``--help`` is quick. Errors
-that we raise on purpose, and wrong arguments, are one message on stderr and exit code 2; anything else is a bug: one
-line and exit code 1. ``--debug``, anywhere on the line, shows the traceback.
+Commands are thin: each calls one function of its own module, imported when used, so that ``--help`` is quick. The file
+is long because every option of every command stands in it. Errors that we raise on purpose, and wrong arguments, are
+one message on stderr and exit code 2; anything else is a bug: one line and exit code 1. ``--debug``, anywhere on the
+line, shows the traceback.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Annotated, cast
 import typer
 
 from ..ir.errors import GraphlatheError
+from .interrupted import Interrupted
 
 app = typer.Typer(
     name="graphlathe",
@@ -45,6 +47,14 @@ class Format(StrEnum):
     table = "table"
     dot = "dot"
     html = "html"
+
+
+class Output(StrEnum):
+    """What `optimize` writes."""
+
+    onnx = "onnx"
+    program = "program"
+    hf = "hf"
 
 
 class Sort(StrEnum):
@@ -168,6 +178,15 @@ def optimize(
         Path | None,
         typer.Option("--output", "-o", help="an .onnx file, or a folder for a saved program"),
     ] = None,
+    format: Annotated[
+        Output | None,
+        typer.Option(
+            "--format",
+            "-f",
+            help="what to write; hf: a checkpoint folder for transformers, of a model that came from one; "
+            "else the path given with -o says it",
+        ),
+    ] = None,
     calibration: Annotated[
         list[Path] | None,
         typer.Option(
@@ -190,6 +209,32 @@ def optimize(
     report: Annotated[Path | None, typer.Option(help="write the report as JSON")] = None,
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="write a page that shows the model before and after")
+    ] = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="write what was chosen as JSON; apply-plan{path=FILE} does it again"),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="draw what was chosen and how the search went, as PNG files in this folder"),
+    ] = None,
+    journal: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="keep what searches evaluate in this folder; the same command goes on where it was stopped",
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="search with so many processes, of one thread each")
+    ] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="search on the workers of a Dask cluster, such as tcp://10.0.0.1:8786"),
+    ] = None,
+    workspace: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="a folder that all workers of the search see under the same path"),
     ] = None,
     budget: Annotated[
         list[str] | None,
@@ -246,6 +291,13 @@ def optimize(
             why_not=why_not,
             budget=tuple(budget or ()),
             reproduce=reproduce,
+            format=None if format is None else format.value,
+            plan=plan,
+            plot=plot,
+            journal=journal,
+            workers=workers,
+            scheduler=scheduler,
+            workspace=workspace,
         ),
     )
 
@@ -379,6 +431,8 @@ def execute(arguments: list[str]) -> int:
         try:
             code = int(app(args=rest, prog_name="graphlathe", standalone_mode=False) or 0)
             return _failed("interrupted", code, False) if code == _INTERRUPTED else code
+        except Interrupted as interrupted:
+            return _failed(str(interrupted), _INTERRUPTED, False)
         except GraphlatheError as error:
             return _failed("\n  ".join([str(error), *getattr(error, "__notes__", [])]), 2, debug)
         except _UsageError as error:

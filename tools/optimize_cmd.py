@@ -6,13 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..ir.errors import ExportError, InputError
+from ..ir.errors import InputError
 from ..ir.program import Program
-from .console import console, size
+from .console import console
 from .examples import example_feeds
-from .files import check_writable, write_atomically
+from .interrupted import Interrupted
+from .optimize_outputs import check_outputs, check_plans, write_outputs
+from .plans import MadePlan, made_plans
 from .sizes import parse_sizes
 from .tokens import calibration_feeds, check_calibration
+from .workers import executor_for
 
 if TYPE_CHECKING:
     from ..passes.optimize import Optimized
@@ -39,10 +42,22 @@ class OptimizeOptions:
     why_not: str | None = None
     budget: tuple[str, ...] = ()
     reproduce: Path | None = None
+    format: str | None = None
+    plan: Path | None = None
+    plot: Path | None = None
+    journal: Path | None = None
+    workers: int | None = None
+    scheduler: str | None = None
+    workspace: Path | None = None
 
 
 def optimize_file(path: Path, options: OptimizeOptions) -> None:
-    """Check everything that can be checked without the model, then load, optimize, print and write."""
+    """Check everything that can be checked without the model, then load, optimize, print and write.
+
+    Raises:
+        Interrupted: Ctrl-C, where a journal keeps what searches have evaluated.
+        GraphlatheError: anything else that goes wrong.
+    """
     from ..ir.load import load
     from ..passes.contract import checked_budget
     from ..passes.optimize import optimize
@@ -52,7 +67,8 @@ def optimize_file(path: Path, options: OptimizeOptions) -> None:
     pipeline = parse_pipeline(options.pipeline)
     budget = checked_budget(_budget(options.budget))
     question = None if options.why_not is None else parse_question(options.why_not, pipeline)
-    _check_outputs(path, options)
+    check_outputs(path, options)
+    check_plans(pipeline, options)
     check_calibration(options.calibration, options.tokenizer, path)
     program = load(path)
     calibration = calibration_feeds(
@@ -63,36 +79,57 @@ def optimize_file(path: Path, options: OptimizeOptions) -> None:
         window=options.window,
         windows=options.windows,
     )
-    optimized = optimize(
-        program,
-        _example(program, options.example),
-        passes=pipeline,
-        calibration=calibration or None,
-        budget=budget,
-        verify=options.verify,
-        progress=True,
-        dump_dir=options.dump_dir,
-        stop_after=options.stop_after,
-        disable=options.disable,
-        reproduce=options.reproduce,
-    )
+    try:
+        with executor_for(options.workers, options.scheduler) as executor:
+            optimized = optimize(
+                program,
+                _example(program, options.example),
+                passes=pipeline,
+                calibration=calibration or None,
+                budget=budget,
+                verify=options.verify,
+                progress=True,
+                dump_dir=options.dump_dir,
+                stop_after=options.stop_after,
+                disable=options.disable,
+                reproduce=options.reproduce,
+                executor=executor,
+                journal=options.journal,
+                workspace=options.workspace,
+            )
+    except KeyboardInterrupt:
+        if options.journal is None:
+            raise
+        raise Interrupted(_kept(options.journal)) from None
     out = console()
     out.print(optimized.report)
-    if options.html is not None:
-        write_atomically(options.html, _page(path, program, optimized, options))
-    _write(optimized, options, out)
+    plans = made_plans(optimized.report)
+    page = None if options.html is None else _page(path, program, optimized, options, plans)
+    write_outputs(path, optimized, plans, page, options, out)
     if question is not None:
         for line in answer(question, optimized.report, program, optimized):
             out.print(line, markup=False)
 
 
-def _page(path: Path, program: Program, optimized: Optimized, options: OptimizeOptions) -> str:
-    """The model before and after, with what every pass did, as a page of HTML."""
+def _page(path: Path, program: Program, optimized: Optimized, options: OptimizeOptions, plans: list[MadePlan]) -> str:
+    """The model before and after, with what every pass did and what the plans look like, as a page of HTML."""
     from .html.page import PageOptions, html_page
+    from .html.pictures import compression
 
     notes = tuple(f"{row.text}: {row.verdict}" for row in optimized.report.rows)
+    shown, missing = compression(plans)
     after = options.output.name if options.output is not None else "optimized"
-    return html_page(program, PageOptions(path.name, after, optimized.report.sizes, notes=notes), optimized)
+    return html_page(
+        program,
+        PageOptions(path.name, after, optimized.report.sizes, notes=notes + missing, compression=shown),
+        optimized,
+    )
+
+
+def _kept(journal: Path) -> str:
+    """What to say of a journal when its search was interrupted."""
+    lines = sum(max(file.read_bytes().count(b"\n") - 1, 0) for file in journal.glob("*.jsonl"))
+    return f"interrupted; '{journal}' keeps {lines:,} evaluations, and the same command goes on from there"
 
 
 def _example(program: Program, text: str | None) -> dict[str, Any] | None:
@@ -115,53 +152,3 @@ def _budget(items: tuple[str, ...]) -> dict[str, float] | None:
         except ValueError:
             raise InputError(f"'{item}' is no bound", expected="NAME=LIMIT, such as drift=0.1") from None
     return budget or None
-
-
-def _check_outputs(path: Path, options: OptimizeOptions) -> None:
-    """Outputs must be possible before hours are spent on them.
-
-    Raises:
-        ExportError: one is not.
-    """
-    output = options.output
-    if output is not None:
-        onnx = output.suffix == ".onnx"
-        check_writable(output, folder=not onnx)
-        if output.suffix and not onnx and not output.is_dir():
-            raise ExportError(
-                f"cannot write a '{output.suffix}' file", expected="a path that ends in .onnx, or a folder"
-            )
-        if not onnx:
-            from ..ir.serialize import check_target
-
-            check_target(output)
-            if path.is_dir() and output.is_dir() and output.samefile(path):
-                raise ExportError(f"'{output}' is the model that is read", remedy="name another folder, then move it")
-    if options.opset is not None:
-        if output is None or output.suffix != ".onnx":
-            raise ExportError("--opset is for ONNX files", remedy="give -o FILE.onnx")
-        from ..ir.to_onnx import OPSETS
-
-        if options.opset not in OPSETS:
-            raise ExportError(f"opset {options.opset} is not supported", expected=f"{OPSETS[0]} to {OPSETS[-1]}")
-    for file in (options.report, options.html):
-        if file is not None:
-            check_writable(file)
-    if options.dump_dir is not None:
-        check_writable(options.dump_dir, folder=True)
-
-
-def _write(optimized: Any, options: OptimizeOptions, out: Any) -> None:
-    output = options.output
-    if output is not None and output.suffix == ".onnx":
-        optimized.export(output, **({} if options.opset is None else {"opset": options.opset}))
-    elif output is not None:
-        optimized.save(output)
-    if options.report is not None:
-        write_atomically(options.report, optimized.report.to_json() + "\n")
-    for path in (output, options.report, options.html):
-        if path is not None:
-            total = (
-                sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size
-            )
-            out.print(f"written: {path} ({size(total)})")

@@ -99,7 +99,7 @@ _MEASURED = "compress{{sites={} target=$params allocator=knapsack score=optimal-
 _LANGUAGE, _ENCODER, _PHOTOS = ("smollm2-135m",), ("minilm-l6",), ("efficientnet-lite0",)
 
 _DISTILL = "distill{steps=300 learning_rate=0.0001}"
-_SEARCH = "generations=60 offspring=12 survivors=2 small=1 confidence=0.5 patience=20"
+_SEARCH = "generations=64 offspring=8 survivors=3 small=1 large=6 confidence=0.5 patience=20"
 
 
 def _healed(label: str, pipeline: str, **more: Any) -> tuple[Method, Method]:
@@ -123,12 +123,12 @@ OURS: dict[str, tuple[Method, ...]] = {
             "optimal compensation, least squares",
             "canonicalize,compress{sites=mlp target=$params score=optimal-compensation}",
         ),
-        ours("Tyr", "canonicalize,tyr{sites=mlp target=$params generations=20 offspring=8 iterations=2}"),
+        ours("Tyr", "canonicalize,tyr{sites=mlp target=$params generations=16 offspring=8 iterations=2 large=6}"),
     ),
     "compress-heads": (
         ours("FLAP", "canonicalize,flap{sites=heads target=$params}", levels=(GROUPS,)),
         *_healed("measured levels", f"canonicalize,{_MEASURED.format('heads')}", levels=(GROUPS,)),
-        ours("Tyr", "canonicalize,tyr{sites=heads target=$params generations=20 offspring=8}", levels=(GROUPS,)),
+        ours("Tyr", "canonicalize,tyr{sites=heads target=$params generations=16 offspring=8 large=6}", levels=(GROUPS,)),
         ours("FLAP", "canonicalize,flap{sites=query-heads target=$params}", levels=(QUERIES,)),
         ours("measured levels", f"canonicalize,{_MEASURED.format('query-heads')}", levels=(QUERIES,)),
     ),
@@ -173,7 +173,7 @@ OURS: dict[str, tuple[Method, ...]] = {
         ),
         ours(
             "Tyr",
-            "canonicalize,fold-batchnorm,tyr{sites=channels target=$params generations=20 offspring=8 iterations=2}",
+            "canonicalize,fold-batchnorm,tyr{sites=channels target=$params generations=16 offspring=8 iterations=2 large=6}",
         ),
     ),
 }

@@ -13,6 +13,7 @@
     ["c  o", "collapse all, back to the overview"],
     ["m", "next cost"],
     ["t", "dark or light"],
+    ...(Model.compression.length ? [["p", "what was compressed, with pictures"]] : []),
   ];
 
   // A page opened from a file may have no storage; then the choice lasts as long as the page.
@@ -128,7 +129,7 @@
   };
 
   document.addEventListener("keydown", (event) => {
-    if (event.ctrlKey || event.metaKey || event.altKey || byId("help").open) return;
+    if (event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog[open]")) return;
     if (event.target.closest("input, select")) return;
     const pressed = {
       "/": Search.focus,
@@ -141,6 +142,7 @@
       o: () => State.overview(),
       m: nextMeasure,
       t: flipTheme,
+      p: Pictures.show,
     }[event.key];
     if (!pressed) return;
     event.preventDefault();
@@ -164,6 +166,7 @@
   Tree.start();
   Details.start();
   Search.start();
+  Pictures.start();
   State.on("open", redraw);
   State.on("measure", () => redraw(Model.root));
   redraw(null);

@@ -152,6 +152,7 @@ const Model = (() => {
     groups,
     measures,
     notes: data.notes,
+    compression: data.compression,
     // All groups around a group, itself last.
     path: (group) => (group ? [...Model.path(group.parent), group] : []),
     has: (group, side) => group.sums[side].count > 0,

@@ -20,7 +20,7 @@ from .matching import Matching, match
 from .side import Side, Texts
 from .weights import Statistics, all_statistics
 
-STYLES = ("style.css", "tree.css", "graph.css")
+STYLES = ("style.css", "tree.css", "graph.css", "pictures.css")
 SCRIPTS = (
     "format.js",
     "model.js",
@@ -31,6 +31,7 @@ SCRIPTS = (
     "graph.js",
     "histogram.js",
     "details.js",
+    "pictures.js",
     "app.js",
 )
 LIBRARIES = ("d3.min.js", "elk-api.js")
@@ -49,6 +50,7 @@ class PageOptions:
         second_sizes: the same for the other program, whose dimensions may be named differently.
         numbers: how many numbers of weights to read for statistics, in all; 0 for none. Beyond, weights are sampled.
         notes: lines about both, such as what a pipeline did.
+        compression: the plans of what was compressed, see `pictures.compression`.
     """
 
     title: str = "program"
@@ -57,6 +59,7 @@ class PageOptions:
     second_sizes: Mapping[str, int] = field(default_factory=dict)
     numbers: int = 1 << 28
     notes: tuple[str, ...] = ()
+    compression: tuple[Mapping[str, Any], ...] = ()
 
 
 def html_page(program: Program, options: PageOptions | None = None, second: Program | None = None) -> str:
@@ -95,6 +98,7 @@ def page_data(program: Program, options: PageOptions, second: Program | None = N
         "sides": [side.data() for side in sides],
         "tree": tree.data(sites(program, second, matchings, [side.structures for side in sides])),
         "notes": list(options.notes),
+        "compression": list(options.compression),
     }
     if second is not None:
         a, b = sides[0].numbers, sides[1].numbers
