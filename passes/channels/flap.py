@@ -9,9 +9,9 @@ adds W[:, j] · E[x_j] to the bias.
 
     before   y = W x                 after   y = W[:, kept] x[kept] + (b + W[:, removed] E[x[removed]])
 
-Heads are scored by the mean over their channels. Grouped heads go as a unit: a key and value head with the query heads
-that share it, which the reference implementation does not handle. Statistics are those of the uncut model, as in the
-paper.
+Heads are scored by the mean over their channels, whose scores are squared before they are standardised, as in the
+paper's code (AL-AM). Grouped heads go as a unit: a key and value head with the query heads that share it, which the
+reference implementation does not handle. Statistics are those of the uncut model, as in the paper.
 
 Source: FLAP (An et al. 2024, arXiv 2312.11983), sections 3.2 to 3.4.
 """
@@ -57,7 +57,7 @@ class Flap(WidthPass):
         """The paper's four choices."""
         return Recipe(
             kinds=self.sites,
-            score="fluctuation",
+            score="standard-fluctuation",
             allocator="global-threshold",
             compensation="bias",
             unit=self.budget,
@@ -65,7 +65,6 @@ class Flap(WidthPass):
             target=self.target,
             floor=self.floor,
             multiple=self.multiple,
-            standardize=True,
             per_saving=True,
         )
 

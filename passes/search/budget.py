@@ -113,11 +113,12 @@ class Meter:
         value = node.meta.get("val")
         if not isinstance(value, torch.Tensor):
             return value
-        sizes = [
-            int(expr.xreplace({s: self._size(s) for s in expr.free_symbols})) for expr in map(size_expr, value.shape)
-        ]
+        sizes = [int(self._number(size_expr(size))) for size in value.shape]
         shape = tuple(int(size * left.get((node.name, dim), 1)) for dim, size in enumerate(sizes))
         return SimpleNamespace(shape=shape, dtype=value.dtype)
+
+    def _number(self, expr: Any) -> Any:
+        return expr.xreplace({symbol: self._size(symbol) for symbol in expr.free_symbols})
 
     def _size(self, symbol: Any) -> Any:
         dims = self.program.main.dims.by_name

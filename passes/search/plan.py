@@ -100,7 +100,7 @@ class Plan:
             "rank": self.rank,
             "program": self.program,
             "budget": dict(self.budget),
-            "sites": [{**asdict(d), "removed": list(d.removed), "kept": list(d.kept)} for d in self.decisions],
+            "sites": [_plain(decision) for decision in self.decisions],
             "blocked": dict(self.blocked),
             "search": self.search,
         }
@@ -180,6 +180,11 @@ class Plan:
     def with_budget(self, **figures: Any) -> Plan:
         """The plan with more figures in its budget."""
         return replace(self, budget={**self.budget, **figures})
+
+
+def _plain(decision: Decision) -> dict[str, Any]:
+    scores = None if decision.scores is None else list(decision.scores)
+    return {**asdict(decision), "removed": list(decision.removed), "kept": list(decision.kept), "scores": scores}
 
 
 _FIELDS = {"kind": str, "index": int, "units": int, "removed": list}

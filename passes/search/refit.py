@@ -58,29 +58,36 @@ def _bias(weight: torch.Tensor, kept: torch.Tensor, units: torch.Tensor, sums: S
     return bias(weight, kept, sums.before / sums.count)
 
 
-def _moments(weight: torch.Tensor, sums: Sums) -> dict[str, torch.Tensor]:
+@dataclass(frozen=True)
+class _Moments:
     """Centred statistics: means, covariance of ``z``, covariance of ``z`` with the wanted output."""
-    assert sums.gram is not None and sums.cross is not None
-    z, x = sums.now / sums.count, sums.before / sums.count
-    w = weight.double()
-    return {
-        "mean": z,
-        "gram": sums.gram / sums.count - torch.outer(z, z),
-        "target": (sums.cross / sums.count - torch.outer(z, x)) @ w.T,
-        "target_mean": w @ x,
-    }
+
+    mean: torch.Tensor
+    gram: torch.Tensor
+    target: torch.Tensor
+    target_mean: torch.Tensor
+
+    @classmethod
+    def of(cls, weight: torch.Tensor, sums: Sums) -> _Moments:
+        assert sums.gram is not None and sums.cross is not None
+        z, x = sums.now / sums.count, sums.before / sums.count
+        w = weight.double()
+        gram = sums.gram / sums.count - torch.outer(z, z)
+        return cls(z, gram, (sums.cross / sums.count - torch.outer(z, x)) @ w.T, w @ x)
 
 
 def _least_squares(
     weight: torch.Tensor, kept: torch.Tensor, units: torch.Tensor, sums: Sums, damping: float
 ) -> Compensated:
-    return least_squares(weight, kept, damping=damping, **_moments(weight, sums))
+    m = _Moments.of(weight, sums)
+    return least_squares(weight, kept, m.gram, m.mean, damping=damping, target=m.target, target_mean=m.target_mean)
 
 
 def _mask_tuning(
     weight: torch.Tensor, kept: torch.Tensor, units: torch.Tensor, sums: Sums, damping: float
 ) -> Compensated:
-    return mask_tuning(weight, kept, groups=units, damping=damping, **_moments(weight, sums))
+    m = _Moments.of(weight, sums)
+    return mask_tuning(weight, kept, m.gram, units, m.mean, damping=damping, target=m.target, target_mean=m.target_mean)
 
 
 METHODS: dict[str, Method] = {
