@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from graphlathe.ir.axes import cut, find_groups
+from graphlathe.ir.axes import cut, cut_all, find_groups
 from graphlathe.ir.axes.relate import RULES
 from graphlathe.ir.axes.reshape import digits
 from graphlathe.ir.errors import PreconditionError, VerifyError
@@ -557,3 +557,54 @@ def test_digits_of_shapes_that_part() -> None:
     assert [(d.size, d.before, d.after) for d in digits((5, 2, 6, 7), (5, 3, 4, 7))] == [(7, 3, 3), (5, 0, 0)]
     assert [(d.size, d.before, d.after) for d in digits((4, 3), (2, 6))] == [(3, 1, 1), (2, 0, 1), (2, 0, 0)]
     assert digits((2, 3), (3, 2)) == []
+
+
+def two_heads(m: nn.Module, x: Tensor) -> Tensor:
+    """Attention of four heads, then a gated MLP."""
+    x = x + attention(m, x, 4, 2)
+    return m.d(functional.silu(m.g(x)) * m.u(x))
+
+
+def several() -> Program:
+    torch.manual_seed(0)
+    layers = {"q": linear(16, 16), "k": linear(16, 8), "v": linear(16, 8), "o": linear(16, 16)}
+    module = Lambda(two_heads, **layers, g=linear(16, 12), u=linear(16, 12), d=linear(12, 4))
+    return trace(module.eval(), (torch.randn(2, 5, 16),))
+
+
+@given(seed=st.integers(0, 10_000))
+@settings(max_examples=15)
+def test_cutting_several_groups_at_once_is_cutting_them_one_after_the_other(seed: int) -> None:
+    draw, program = random.Random(seed), several()
+    groups = [g for g in find_groups(program) if g.prunable]
+    apart: list[Any] = []
+    for group in draw.sample(groups, len(groups)):
+        if all(set(group.places).isdisjoint(other.places) for other, _ in apart):
+            apart.append((group, sorted(draw.sample(range(group.size), draw.randint(1, group.size)))))
+    at_once, one_by_one = program.clone(), program.clone()
+    cut_all(at_once, apart)
+    for group, keep in apart:
+        again = [g for g in find_groups(one_by_one) if g.unit == group.unit and g.size == group.size]
+        again = [
+            g for g in again if [(m.weight, m.dim) for m in g.members] == [(m.weight, m.dim) for m in group.members]
+        ]
+        cut(one_by_one, again[0], keep)
+    x = torch.randn(2, 5, 16)
+    torch.testing.assert_close(at_once(x), one_by_one(x), rtol=1e-6, atol=1e-6)
+    assert at_once.to_text() == one_by_one.to_text()
+
+
+def test_two_groups_on_one_dimension_are_refused_and_nothing_changes() -> None:
+    program = several()
+    groups = {g.unit: g for g in find_groups(program) if g.prunable}
+    assert {"KV group", "value channel"} <= set(groups)
+    before, weights = program.to_text(), dict(program.weights)
+    with pytest.raises(PreconditionError, match="two groups cut dimension"):
+        cut_all(program, [(groups["channel"], [0]), (groups["KV group"], [1]), (groups["value channel"], [0, 2])])
+    with pytest.raises(PreconditionError, match="nothing would be left"):
+        cut_all(program, [(groups["channel"], [0]), (groups["KV group"], [])])
+    assert program.to_text() == before and program.weights == weights and program.mutations == 0
+    # A group all of whose atoms stay is in nobody's way.
+    cut_all(program, [(groups["KV group"], [1]), (groups["value channel"], list(range(groups["value channel"].size)))])
+    assert program.to_text() != before
+    cut_all(program, [])

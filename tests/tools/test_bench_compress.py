@@ -44,7 +44,7 @@ from graphlathe.tools.bench.measure import Measured
 
 SUITES = ("compress-depth", "compress-width", "compress-heads", "compress-combined", "compress-vision")
 CASE = Case("smollm2-135m").to_json()
-LEVEL = Level("half", 0.5, 1, 100).to_json()
+LEVEL = Level("half", 0.5, 1, 100, ms=1.5).to_json()
 
 
 def sentence(number: int) -> str:

@@ -128,9 +128,11 @@ OURS: dict[str, tuple[Method, ...]] = {
     "compress-heads": (
         ours("FLAP", "canonicalize,flap{sites=heads target=$params}", levels=(GROUPS,)),
         *_healed("measured levels", f"canonicalize,{_MEASURED.format('heads')}", levels=(GROUPS,)),
-        ours("Tyr", "canonicalize,tyr{sites=heads target=$params generations=16 offspring=8 large=6}", levels=(GROUPS,)),
-        ours("FLAP", "canonicalize,flap{sites=query-heads target=$params}", levels=(QUERIES,)),
-        ours("measured levels", f"canonicalize,{_MEASURED.format('query-heads')}", levels=(QUERIES,)),
+        ours(
+            "Tyr", "canonicalize,tyr{sites=heads target=$params generations=16 offspring=8 large=6}", levels=(GROUPS,)
+        ),
+        ours("FLAP, query heads", "canonicalize,flap{sites=query-heads target=$params}", levels=(QUERIES,)),
+        ours("measured levels, query heads", f"canonicalize,{_MEASURED.format('query-heads')}", levels=(QUERIES,)),
     ),
     "compress-combined": (
         *_healed(
