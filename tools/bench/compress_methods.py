@@ -175,7 +175,8 @@ OURS: dict[str, tuple[Method, ...]] = {
         ),
         ours(
             "Tyr",
-            "canonicalize,fold-batchnorm,tyr{sites=channels target=$params generations=16 offspring=8 iterations=2 large=6}",
+            "canonicalize,fold-batchnorm,tyr{sites=channels target=$params generations=16 offspring=8 iterations=2"
+            " large=6}",
         ),
     ),
 }
