@@ -114,6 +114,7 @@ OURS: dict[str, tuple[Method, ...]] = {
         ours("block influence, greedy", "canonicalize,drop-layers{ratio=$ratio greedy}"),
         ours("ShortGPT", "canonicalize,shortgpt{blocks=$count}"),
         ours("ShortGPT, window", "canonicalize,shortgpt{blocks=$count window}"),
+        *_healed("window, map of rank 128", "canonicalize,shortgpt{blocks=$count window rank=128}"),
         *_healed("EvoPress", f"canonicalize,evopress{{target=$params {_SEARCH}}}"),
     ),
     "compress-width": (
