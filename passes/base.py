@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, get_args, get_origin, get
 
 import numpy as np
 
-from ..ir.errors import PipelineError, suggest
+from ..ir.errors import PipelineError, PostconditionError, suggest
 from ..ir.program import Program
 
 if TYPE_CHECKING:
@@ -229,6 +229,17 @@ class Pass:
 
     def __str__(self) -> str:
         return self.to_text()
+
+
+def same_outputs(before: Program, program: Program, pass_name: str) -> None:
+    """Check that a pass left names, element types and shapes of the outputs as they were.
+
+    Raises:
+        PostconditionError: it did not.
+    """
+    old, new = ([(s.name, s.dtype, str(s.shape)) for s in p.outputs] for p in (before, program))
+    if old != new:
+        raise PostconditionError(f"the outputs changed from {old} to {new}", pass_name=pass_name)
 
 
 def options_of(cls: type[Pass]) -> list[dataclasses.Field[Any]]:

@@ -22,12 +22,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ..ir.errors import ImportModelError
+from ..ir.files import write_atomically
 from ..ir.from_hub import from_hub, load_tokenizer
 from ..ir.program import Program
 from ..passes.fidelity import Drift, DriftMeter
 from ..passes.optimize import Optimized, optimize
 from .bench.machine import commit, describe_machine, versions
-from .files import write_atomically
 from .smollm2 import smollm2_file
 from .text_data import calibration_text, held_out_text
 

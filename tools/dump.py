@@ -11,9 +11,9 @@ from pathlib import Path
 from rich.console import Console, RenderableType
 
 from ..ir.errors import InputError
+from ..ir.files import check_writable, write_atomically
 from ..ir.program import Program
 from .console import PIPED_WIDTH, console
-from .files import check_writable, write_atomically
 from .sizes import parse_sizes, sizes_of_each
 
 NUMBERS_READ = 1 << 28

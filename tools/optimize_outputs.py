@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..ir.errors import ExportError, InputError
+from ..ir.files import check_writable, write_atomically
 from .console import size
-from .files import check_writable, write_atomically
 from .plans import MadePlan, picture_folders, plan_files
 
 if TYPE_CHECKING:

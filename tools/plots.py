@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..ir.errors import ExportError, InputError
-from .files import write_atomically
+from ..ir.files import write_atomically
 from .plot_data import read_plan
 from .plot_style import STYLE, load_matplotlib
 

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from ..ir.errors import InputError, suggest
+from ..ir.files import check_writable, write_atomically
 from ..ir.from_hub import load_tokenizer
 from ..ir.program import Program
 from .console import console, duration, new_table
 from .describe import dtype_text
 from .examples import example_feeds
-from .files import check_writable, write_atomically
 from .sizes import parse_sizes
 from .tokens import encode, find_tokenizer, load_arrays, token_feeds
 

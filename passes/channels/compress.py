@@ -11,15 +11,13 @@ Weights are cut for real: the program gets smaller matrices, not zeros. Publishe
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from ...ir.errors import PreconditionError
 from ...ir.program import Program
 from ..base import Case, Context, Effect, Stats, option
-from ..search.allocators.evolution import Settings, Stage
+from ..search.allocators.evolution import Settings
 from ..search.apply import COMPENSATIONS, DROPS
 from ..search.budget import UNITS
 from ..search.choose import Allocator, compress
@@ -27,7 +25,7 @@ from ..search.measured import measured
 from ..search.place_table import Table
 from ..search.recipe import ALLOCATORS, Recipe, table_of
 from ..search.scores import CHANNEL_SCORES
-from ..search.searching import cheap_states, search
+from ..search.searching import cheap_states, search, two_stages
 from ..search.sites import KINDS
 from .planted import constant_channels_case
 from .width import WidthPass
@@ -101,17 +99,10 @@ class Compress(WidthPass):
             levels = table.levels()
             if limit >= table.total:
                 return levels.untouched, None
-            small = min(1, len(batches))
-            stages = (Stage(3, small), Stage(1, len(batches))) if small < len(batches) else (Stage(1, len(batches)),)
+            stages = two_stages(len(batches), survivors=3)
             settings = Settings(generations=self.generations, offspring=self.offspring, stages=stages, seed=self.seed)
             seeds = cheap_states(levels, limit)
             outcome, history = search(program, table.places, levels, limit, batches, ctx, settings, seeds)
-            if not math.isfinite(outcome.score):
-                raise PreconditionError(
-                    "the outputs of the best candidate are not numbers",
-                    pass_name=self.name,
-                    remedy="look for NaN or infinity in the calibration data and the weights",
-                )
             return outcome.state, history
 
         return choose

@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Self
 
 from ...ir.program import Program
 from ..base import Case, Context, Effect, Stats, option
-from ..search.allocators.evolution import Settings, Stage
+from ..search.allocators.evolution import Settings
 from ..search.allocators.table import State
 from ..search.budget import Meter, sizes_of
 from ..search.choose import compress
@@ -30,7 +30,7 @@ from ..search.levels import Level, Place
 from ..search.obs_places import obs_places
 from ..search.place_table import Table
 from ..search.recipe import Recipe, nothing_to_remove
-from ..search.searching import cheap_states, search
+from ..search.searching import cheap_states, search, two_stages
 from ..search.sites import ChannelSite, channel_sites
 from .planted import proportional_channels_case
 from .width import WidthPass
@@ -144,9 +144,7 @@ class Tyr(WidthPass):
         limit: float,
     ) -> tuple[Sequence[int], dict[str, Any]]:
         batches = ctx.calibration or ()
-        large = len(batches) if self.large is None else min(self.large, len(batches))
-        small = min(self.small, large)
-        stages = (Stage(4, small), Stage(1, large)) if small < large else (Stage(1, large),)
+        stages = two_stages(len(batches), survivors=4, small=self.small, large=self.large)
         settings = Settings(
             generations=self.generations, offspring=self.offspring, max_flips=4, stages=stages, seed=self.seed
         )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ...ir.errors import PipelineError, PostconditionError, PreconditionError
 from ...ir.program import Program
-from ..base import Context, Pass, Stats
+from ..base import Context, Pass, Stats, same_outputs
 from ..search.recipe import Recipe
 from ..search.scores import CHANNEL_SCORES
 
@@ -48,8 +48,6 @@ class WidthPass(Pass):
 
     def ensure(self, before: Program, program: Program, stats: Stats) -> None:
         """The interface must be untouched, and nothing have become larger."""
-        old, new = ([(s.name, s.dtype, str(s.shape)) for s in p.outputs] for p in (before, program))
-        if old != new:
-            raise PostconditionError(f"the outputs changed from {old} to {new}", pass_name=self.name)
+        same_outputs(before, program, self.name)
         if stats.hits and program.parameter_count > before.parameter_count:
             raise PostconditionError("the program has more parameters than before", pass_name=self.name)

@@ -9,6 +9,7 @@ from torch import nn
 from ...ir.from_torch import trace
 from ...ir.program import Program
 from ..base import Case, Pass, Stats
+from ..layers.planted import Stack
 
 LOUD = (2, 0)
 """For each block the head that matters."""
@@ -32,25 +33,10 @@ class _Block(nn.Module):
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 
-class _Encoder(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(_VOCABULARY, _WIDTH)
-        self.blocks = nn.ModuleList(_Block() for _ in LOUD)
-        self.head = nn.Linear(_WIDTH, _VOCABULARY)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """[batch, tokens] ids to [batch, tokens, vocabulary] logits."""
-        x = self.embed(ids)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)
-
-
 def loud_head_case(settings: Pass) -> Case:
     """Two blocks of four heads, of which `LOUD` write into the stream; ``settings`` must keep those."""
     generator = torch.Generator().manual_seed(7)
-    model = _Encoder()
+    model = Stack((_Block() for _ in LOUD), _WIDTH, _VOCABULARY)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)

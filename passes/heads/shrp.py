@@ -29,9 +29,9 @@ from typing import Any, ClassVar, Self
 import torch
 
 from ...ir.axes import cut_all
-from ...ir.errors import PipelineError, PostconditionError, PreconditionError
+from ...ir.errors import PipelineError, PreconditionError
 from ...ir.program import Program
-from ..base import Case, Context, Effect, Pass, Prop, Stats, option
+from ..base import Case, Context, Effect, Pass, Prop, Stats, option, same_outputs
 from ..search.compensation.distill import DistillSettings, distill, split
 from ..search.sites import ChannelSite
 from .blocks import HeadBlock, find_sites, head_blocks
@@ -222,12 +222,7 @@ class Shrp(Pass):
 
     def ensure(self, before: Program, program: Program, stats: Stats) -> None:
         """The interface must be untouched."""
-        old, new = (
-            [(s.name, s.dtype, str(s.shape)) for s in before.outputs],
-            [(s.name, s.dtype, str(s.shape)) for s in program.outputs],
-        )
-        if old != new:
-            raise PostconditionError(f"the outputs changed from {old} to {new}", pass_name=self.name)
+        same_outputs(before, program, self.name)
 
     @classmethod
     def neutral(cls) -> Self:

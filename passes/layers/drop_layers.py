@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Self
 from ...ir.errors import PipelineError, PostconditionError, PreconditionError
 from ...ir.program import Program
 from ...ir.rewrite import Rewriter
-from ..base import Case, Context, Effect, Pass, Prop, Stats, option
+from ..base import Case, Context, Effect, Pass, Prop, Stats, option, same_outputs
 from ..search.apply import drop
 from ..search.plan import Decision, Plan
 from ..search.scores import SCORES, Scores
@@ -174,12 +174,7 @@ class DropLayers(Pass):
 
     def ensure(self, before: Program, program: Program, stats: Stats) -> None:
         """The interface must be untouched, and fewer weights be read when anything was removed."""
-        old, new = (
-            [(s.name, s.dtype, str(s.shape)) for s in before.outputs],
-            [(s.name, s.dtype, str(s.shape)) for s in program.outputs],
-        )
-        if old != new:
-            raise PostconditionError(f"the outputs changed from {old} to {new}", pass_name=self.name)
+        same_outputs(before, program, self.name)
         if not program.used_weights() <= before.used_weights():
             raise PostconditionError("new weights appeared", pass_name=self.name)
 

@@ -19,15 +19,14 @@ Source: EvoPress (Sieberling et al. 2024, arXiv 2410.14649).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from ...ir.errors import PipelineError, PostconditionError, PreconditionError
+from ...ir.errors import PipelineError, PostconditionError
 from ...ir.program import Program
-from ..base import Case, Context, Effect, Pass, Prop, Stats, option
-from ..search.allocators.evolution import Settings, Stage
+from ..base import Case, Context, Effect, Pass, Prop, Stats, option, same_outputs
+from ..search.allocators.evolution import Settings
 from ..search.budget import UNITS, Meter, sizes_of
 from ..search.choose import compress
 from ..search.depth import depth_seeds
@@ -35,7 +34,7 @@ from ..search.linear_levels import LinearSettings, linear_places
 from ..search.linear_texts import BITS_METHODS, SPARSE_METHODS
 from ..search.place_table import Table
 from ..search.recipe import Recipe, nothing_to_remove, table_of
-from ..search.searching import cheap_states, search
+from ..search.searching import cheap_states, search, two_stages
 from .planted import identity_block_case
 
 MODES = ("depth", "sparsity", "bits")
@@ -108,13 +107,10 @@ class EvoPress(Pass):
 
     def settings(self, batches: int) -> Settings:
         """How to search, with so many calibration batches."""
-        large = batches if self.large is None else min(self.large, batches)
-        small = min(self.small, large)
-        stages = (Stage(1, large),) if small == large else (Stage(self.survivors, small), Stage(1, large))
         return Settings(
             generations=self.generations,
             offspring=self.offspring,
-            stages=stages,
+            stages=two_stages(batches, survivors=self.survivors, small=self.small, large=self.large),
             patience=self.patience,
             confidence=self.confidence,
             seed=self.seed,
@@ -137,12 +133,6 @@ class EvoPress(Pass):
             outcome, history = search(
                 program, table.places, levels, limit, batches, ctx, self.settings(len(batches)), seeds
             )
-            if not math.isfinite(outcome.score):
-                raise PreconditionError(
-                    "the outputs of the best candidate are not numbers",
-                    pass_name=self.name,
-                    remedy="look for NaN or infinity in the calibration data and the weights",
-                )
             return outcome.state, history
 
         return compress(program, recipe, ctx, self.to_text(), name=self.name, table=table, allocator=choose)
@@ -160,9 +150,7 @@ class EvoPress(Pass):
 
     def ensure(self, before: Program, program: Program, stats: Stats) -> None:
         """The interface must be untouched, and no weight be new."""
-        old, new = ([(s.name, s.dtype, str(s.shape)) for s in p.outputs] for p in (before, program))
-        if old != new:
-            raise PostconditionError(f"the outputs changed from {old} to {new}", pass_name=self.name)
+        same_outputs(before, program, self.name)
         if self.mode == "depth" and not self.rank and not program.used_weights() <= before.used_weights():
             raise PostconditionError("new weights appeared", pass_name=self.name)
 

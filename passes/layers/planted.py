@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
@@ -25,12 +27,20 @@ class _Block(nn.Module):
         return x + self.down(torch.nn.functional.gelu(self.up(self.norm(x))))
 
 
-class _Stack(nn.Module):
-    def __init__(self) -> None:
+class Stack(nn.Module):
+    """Residual blocks between an embedding and an output head.
+
+    Args:
+        blocks: modules that keep [batch, tokens, width].
+        width: of the stream.
+        vocabulary: number of ids, and of logits.
+    """
+
+    def __init__(self, blocks: Iterable[nn.Module], width: int, vocabulary: int) -> None:
         super().__init__()
-        self.embed = nn.Embedding(_VOCABULARY, _WIDTH)
-        self.blocks = nn.ModuleList(_Block() for _ in range(_BLOCKS))
-        self.head = nn.Linear(_WIDTH, _VOCABULARY)
+        self.embed = nn.Embedding(vocabulary, width)
+        self.blocks = nn.ModuleList(blocks)
+        self.head = nn.Linear(width, vocabulary)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """[batch, tokens] ids to [batch, tokens, vocabulary] logits."""
@@ -43,7 +53,7 @@ class _Stack(nn.Module):
 def identity_block_case(settings: Pass) -> Case:
     """Four blocks, of which number `USELESS` has a zero output projection; ``settings`` must remove that one."""
     generator = torch.Generator().manual_seed(7)
-    model = _Stack()
+    model = Stack((_Block() for _ in range(_BLOCKS)), _WIDTH, _VOCABULARY)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Self
 
-from ...ir.errors import PostconditionError
 from ...ir.program import Program
-from ..base import Context, Effect, Pass, Stats, option
+from ..base import Context, Effect, Pass, Stats, option, same_outputs
 from .apply import apply_plan
 from .plan import Plan
 
@@ -51,9 +50,7 @@ class ApplyPlan(Pass):
 
     def ensure(self, before: Program, program: Program, stats: Stats) -> None:
         """The interface must be untouched."""
-        old, new = ([(s.name, s.dtype, str(s.shape)) for s in p.outputs] for p in (before, program))
-        if old != new:
-            raise PostconditionError(f"the outputs changed from {old} to {new}", pass_name=self.name)
+        same_outputs(before, program, self.name)
 
     @classmethod
     def neutral(cls) -> Self:

@@ -21,6 +21,7 @@ import torch.utils._pytree as pytree
 from safetensors.torch import save
 
 from ...ir.errors import ImportModelError, InputError
+from ...ir.files import write_atomically
 from ...ir.program import Program
 from ...ir.safetensors_index import read_header
 from ...ir.weights import Weight
@@ -214,8 +215,6 @@ def _path(folder: Path, site: LinearSite) -> Path:
 def _write(
     program: Program, path: Path, key: str, held: Sequence[Solved]
 ) -> dict[LinearLevel, tuple[Weight | None, float | None]]:
-    from ...tools.files import write_atomically
-
     tensors = {
         str(number): with_weight_matrix(program, solved.site.consumers[0], solved.matrix()).tensor()
         for number, solved in enumerate(held)

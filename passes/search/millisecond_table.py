@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ...ir.errors import GraphlatheError
+from ...ir.files import write_atomically
 from ...ir.program import Program
 from ...runtime.ort import import_onnxruntime
 from ...runtime.session import as_tensor
 from ...tools.bench.machine import cores, cpu_model
-from ...tools.files import write_atomically
 
 _FORMAT = "graphlathe milliseconds 1"
 

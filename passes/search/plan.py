@@ -7,16 +7,15 @@ refused. Applying is deterministic: the same plan, program and calibration data 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ...ir.errors import ExportError, InputError
+from ...ir.errors import InputError
+from ...ir.files import write_atomically
 
 FORMAT = "graphlathe-plan"
 VERSION = 1
@@ -155,14 +154,7 @@ class Plan:
         Raises:
             ExportError: it cannot be written.
         """
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            beside.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
-            beside.replace(path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                beside.unlink(missing_ok=True)
-            raise ExportError(f"cannot write the plan '{path}': {error}", remedy="choose another path") from error
+        write_atomically(path, json.dumps(self.to_json(), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Plan:

@@ -15,7 +15,7 @@ import torch
 from ...ir.errors import GraphlatheError, PreconditionError
 from ...ir.program import Program
 from ..base import Batch, Context
-from .allocators.evolution import Outcome, Settings, evolve
+from .allocators.evolution import Outcome, Settings, Stage, evolve
 from .allocators.global_threshold import global_threshold
 from .allocators.greedy import greedy
 from .allocators.knapsack import knapsack
@@ -37,6 +37,20 @@ def cheap_states(table: LevelTable, limit: float) -> dict[str, State]:
     if all(error is not None for row in table.errors for error in row):
         found |= {name: call(table, limit).state for name, call in _CHEAP.items() if name not in found}
     return found
+
+
+def two_stages(batches: int, *, survivors: int, small: int = 1, large: int | None = None) -> tuple[Stage, ...]:
+    """Stages that judge candidates on a few batches, and those that survive on many.
+
+    Args:
+        batches: how many there are.
+        survivors: how many candidates of the first stage are judged on more.
+        small: batches of the first stage.
+        large: batches of the last; None: all.
+    """
+    large = batches if large is None else min(large, batches)
+    small = min(small, large)
+    return (Stage(survivors, small), Stage(1, large)) if small < large else (Stage(1, large),)
 
 
 def search(
@@ -66,7 +80,7 @@ def search(
         The outcome, and the history for the plan and its pictures.
 
     Raises:
-        PreconditionError: there is less data than the last stage needs.
+        PreconditionError: there is less data than the last stage needs, or no candidate gives numbers.
         InputError: the journal is damaged.
     """
     wanted = settings.stages[-1].batches
@@ -95,6 +109,11 @@ def search(
             evaluate = write_workspace(Path(folder), program, places, batches)
         evaluations = stack.enter_context(Evaluations(evaluate, executor=ctx.executor, journal=journal))
         outcome = evolve(table, limit, evaluations, list(seeds.values()), settings, ctx.progress)
+    if not math.isfinite(outcome.score):
+        raise PreconditionError(
+            "the outputs of the best candidate are not numbers",
+            remedy="look for NaN or infinity in the calibration data and the weights",
+        )
     return outcome, _history(outcome, seeds, local)
 
 

@@ -21,6 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ...ir.errors import ImportModelError, PreconditionError
+from ...ir.files import write_atomically
 from ...ir.program import Program
 from ...ir.weights import Weight
 from ..base import Batch, Context
@@ -221,8 +222,6 @@ class Collector:
         Raises:
             ExportError: it cannot be written; an older file is left as it was.
         """
-        from ...tools.files import write_atomically
-
         tensors: dict[str, Tensor] = {}
         counts: dict[str, int] = {}
         for key, statistics in self._found.items():

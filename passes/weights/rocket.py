@@ -30,7 +30,7 @@ from typing import Any, ClassVar, Self
 
 from ...ir.errors import PipelineError, PostconditionError, PreconditionError
 from ...ir.program import Program
-from ..base import Case, Context, Effect, Pass, Stats, option
+from ..base import Case, Context, Effect, Pass, Stats, option, same_outputs
 from ..search.allocators.knapsack import knapsack
 from ..search.allocators.table import LevelTable
 from ..search.budget import sizes_of
@@ -162,9 +162,7 @@ class Rocket(Pass):
 
     def ensure(self, before: Program, program: Program, stats: Stats) -> None:
         """The interface must be untouched; with dense factors nothing may have become larger."""
-        old, new = ([(s.name, s.dtype, str(s.shape)) for s in p.outputs] for p in (before, program))
-        if old != new:
-            raise PostconditionError(f"the outputs changed from {old} to {new}", pass_name=self.name)
+        same_outputs(before, program, self.name)
         if self.kappa == 1 and program.parameter_count > before.parameter_count:
             raise PostconditionError("the program has more parameters than before", pass_name=self.name)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ...ir.errors import GraphlatheError, suggest
-from ..files import write_atomically
+from ...ir.files import write_atomically
 from .machine import commit, describe_machine, versions
 
 Row = dict[str, Any]

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from ...ir.errors import GraphlatheError, suggest
+from ...ir.files import write_atomically
 from ...ir.from_torch import trace
 from ...ir.program import Program
 from ...passes.base import Context
 from ...passes.registry import get
-from ..files import write_atomically
 from .base import Row
 
 T = TypeVar("T")

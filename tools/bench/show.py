@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ...ir.errors import GraphlatheError
+from ...ir.files import check_writable
 from ..console import console, count, duration, new_table, size
-from ..files import check_writable
 from .base import Record, Run, columns, get, names, run_suite
 
 

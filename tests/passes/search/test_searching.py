@@ -116,6 +116,19 @@ def test_too_little_data() -> None:
 
 
 def test_scores_that_are_infinite_are_no_json_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(searching.Candidates, "__call__", lambda self, state, number: math.inf)
+    sound: list[Any] = []
+
+    def score(self: Any, state: Any, number: int) -> float:
+        sound.append(state)
+        return 1.0 if state == sound[0] else math.inf
+
+    monkeypatch.setattr(searching.Candidates, "__call__", score)
     _, history = run(context("bert", 2), replace(SETTINGS, generations=1))
-    assert json.dumps(history, allow_nan=False) and history["chosen"]["score"] is None
+    assert json.dumps(history, allow_nan=False) and history["chosen"]["score"] == 1.0
+    assert any(point["score"] is None for point in history["evaluated"])
+
+
+def test_a_search_in_which_nothing_is_a_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(searching.Candidates, "__call__", lambda self, state, number: math.inf)
+    with pytest.raises(PreconditionError, match="not numbers"):
+        run(context("bert", 2), replace(SETTINGS, generations=1))

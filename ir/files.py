@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Callable
 from pathlib import Path
 
-from ..ir.errors import ExportError
+from .errors import ExportError
 
 
 def check_writable(path: Path, *, folder: bool = False) -> None:
