@@ -39,6 +39,7 @@ class PassManager:
         differential: whether exact passes are run against the graph before.
         budget: bounds on the drift, see `passes.contract.Contract`.
         costs: whether to compute MACs and peak activation bytes for the report.
+        drift_batches: on how many calibration batches drift is measured; None: on all.
         progress: whether slow loops show a bar (on a terminal only).
         instruments: watch or steer the run.
         executor: a `concurrent.futures.Executor` that evaluates the candidates of searches; None: this process.
@@ -56,6 +57,7 @@ class PassManager:
         differential: bool = True,
         budget: Mapping[str, float] | None = None,
         costs: bool = True,
+        drift_batches: int | None = None,
         progress: bool = False,
         instruments: Sequence[Instrument] = (),
         executor: Executor | None = None,
@@ -71,6 +73,7 @@ class PassManager:
         self.differential = differential
         self.budget = budget
         self.costs = costs
+        self.drift_batches = drift_batches
         self.progress: Progress = progress_for(progress)
         self.instruments = tuple(instruments)
         self.executor, self.journal, self.workspace = executor, journal, workspace
@@ -123,6 +126,7 @@ class _Run:
             budget=manager.budget,
             differential=manager.differential,
             progress=manager.progress,
+            drift_batches=manager.drift_batches,
         )
         self.sizes = _example_sizes(original, manager.feeds)
         self.holds: set[Prop] = {Prop.CANONICAL} if _is_canonical(original) else set()

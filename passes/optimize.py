@@ -89,6 +89,7 @@ def optimize(
     dynamic: Any = None,
     instruments: Sequence[Instrument] = (),
     costs: bool = True,
+    drift_batches: int | None = None,
     dump_dir: str | os.PathLike[str] | None = None,
     stop_after: str | None = None,
     disable: Collection[str] = (),
@@ -117,6 +118,8 @@ def optimize(
         dynamic: for tracing a module, see `trace`.
         instruments: watch or steer the run.
         costs: whether the report has MACs and peak activation bytes.
+        drift_batches: on how many of the calibration batches drift is measured (evenly spread; 0: it is not, which
+            leaves nothing for a ``budget`` to check). None: on all of them.
         dump_dir: write the program as text after every pass to this folder.
         stop_after: end the pipeline after the pass of this name.
         disable: names of passes to skip.
@@ -138,6 +141,10 @@ def optimize(
     pipeline = parse_pipeline(passes)  # what can be wrong with the call is said before anything slow
     check_steering(pipeline, stop_after, disable)
     checked_budget(budget)
+    if drift_batches is not None and (drift_batches < 0 or (drift_batches == 0 and budget)):
+        raise InputError(
+            f"drift_batches is {drift_batches}", expected="at least 1 with a budget" if budget else "at least 0"
+        )
     if verify == 3 and example_inputs is None:
         raise InputError("verification level 3 compares outputs", remedy="pass example_inputs=")
     program = _program(model_or_program, example_inputs, dynamic)
@@ -155,6 +162,7 @@ def optimize(
         differential=verify > 0,
         budget=budget,
         costs=costs,
+        drift_batches=drift_batches,
         progress=progress,
         instruments=tools,
         executor=executor,

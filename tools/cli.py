@@ -364,13 +364,16 @@ def bench(
     only: Annotated[
         str | None,
         typer.Option(
-            "--only", metavar="TEXT", help="only the cases whose name contains this (onnx-coverage, peers-import)"
+            "--only", metavar="TEXT", help="only the cases whose name contains this (onnx-..., peers-..., compress-...)"
         ),
     ] = None,
     peers: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="where other tools' packages are, or are put (peers-import)"),
+        typer.Option(metavar="DIR", help="where other tools' packages are, or are put (peers-..., compress-...)"),
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on with the record in --json FILE (compress-...)")
+    ] = False,
 ) -> None:
     """Measure: correctness first, then time and memory, against stated goals."""
     from .bench.show import bench as run_bench
@@ -379,7 +382,7 @@ def bench(
     if list_:
         list_suites()
         return
-    code = run_bench(suite, json_, check, quick, only, peers)
+    code = run_bench(suite, json_, check, quick, only, peers, resume)
     if code:
         raise typer.Exit(code)
 

@@ -39,7 +39,7 @@ def test_batches_are_weighted_by_positions_and_streamed(monkeypatch: pytest.Monk
     a, b = torch.randn(5, 12, 9).double(), torch.randn(5, 12, 9).double()
     whole = meter((a, b)).result()
     parts = meter((a[:1], b[:1]), (a[1:], b[1:])).result()
-    monkeypatch.setattr(fidelity, "_ROWS_AT_A_TIME", 20)
+    monkeypatch.setattr(fidelity, "_AT_A_TIME", 20)
     chunked = meter((a, b)).result()
     for other in (parts, chunked):
         assert other.kl == pytest.approx(whole.kl, rel=1e-12)

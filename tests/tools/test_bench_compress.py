@@ -7,9 +7,8 @@ import inspect
 import math
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,13 +16,13 @@ import scipy.stats
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graphlathe.ir.errors import GraphlatheError
 from graphlathe.passes.pipeline import parse_pipeline
-from graphlathe.tools.bench import compress_evaluate, compress_run, compress_text
-from graphlathe.tools.bench.base import Goal, Row, Run
-from graphlathe.tools.bench.compress_goals import cost_of, goals_of, latency_over_macs
-from graphlathe.tools.bench.compress_methods import OURS, Level, Method, Search, fill, run_pipeline
+from graphlathe.tools.bench import compress_evaluate, compress_text
+from graphlathe.tools.bench.compress_methods import OURS, Method, Search, fill
 from graphlathe.tools.bench.compress_metrics import (
     LanguageMeter,
     agreement,
@@ -36,15 +35,13 @@ from graphlathe.tools.bench.compress_metrics import (
 )
 from graphlathe.tools.bench.compress_peers import PEERS, install, load_peer
 from graphlathe.tools.bench.compress_reach import LARGEST, smallest_ratio
-from graphlathe.tools.bench.compress_run import Part, run_method, run_parts
-from graphlathe.tools.bench.compress_subject import Call, Case, Feeds, Score, Subject, spread
+from graphlathe.tools.bench.compress_subject import SUBJECTS, Case, spread
 from graphlathe.tools.bench.compress_timing import PATIENCE, time_paired
-from graphlathe.tools.bench.compress_work import count_macs
-from graphlathe.tools.bench.measure import Measured
+from graphlathe.tools.bench.compress_work import WorkCounter, count_macs
+from tests.compress_toy import LEVEL, TOY, Net, Toy
 
 SUITES = ("compress-depth", "compress-width", "compress-heads", "compress-combined", "compress-vision")
 CASE = Case("smollm2-135m").to_json()
-LEVEL = Level("half", 0.5, 1, 100, ms=1.5).to_json()
 
 
 def sentence(number: int) -> str:
@@ -220,53 +217,15 @@ class TestWork:
         x = torch.ones(4, 3, requires_grad=True)
         assert count_macs(lambda: layer(x).sum().backward()) == 3 * 4 * 3 * 5
 
-
-class Net(torch.nn.Module):
-    """An embedding, one layer, and a vocabulary of 20."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed = torch.nn.Embedding(20, 8)
-        self.hidden = torch.nn.Linear(8, 16, bias=False)
-        self.head = torch.nn.Linear(16, 20, bias=False)
-
-    def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"logits": self.head(self.hidden(self.embed(input_ids)).relu())}
-
-
-class Toy(Subject):
-    """`Net`, as a subject."""
-
-    scores: ClassVar[tuple[Score, ...]] = (Score("ppl", higher=False, unseen=True),)
-    dynamic: ClassVar[dict[str, dict[int, str]]] = {"input_ids": {0: "B", 1: "S"}}
-
-    def load_module(self) -> torch.nn.Module:
-        return Net().eval()
-
-    def example(self) -> Feeds:
-        return {"input_ids": torch.arange(6).reshape(2, 3)}
-
-    def calibration(self) -> list[Feeds]:
-        return [self.example()]
-
-    def timed(self) -> dict[str, Feeds]:
-        return {f"T{n}": {"input_ids": torch.arange(n)[None]} for n in self.case.lengths}
-
-    def sizes(self) -> dict[str, int]:
-        return {"B": 1, "S": self.case.lengths[-1]}
-
-    def units(self, feeds: Feeds) -> int:
-        return feeds["input_ids"].numel()
-
-    def quality(self, run: Call, dense: Call) -> Row:
-        meter = LanguageMeter()
-        feeds = self.example()
-        meter.add(feeds["input_ids"], run(feeds)["logits"], dense(feeds)["logits"])
-        return {"ppl": meter.perplexity, "kl": meter.kl}
-
-
-TOY = Case("toy", lengths=(2, 10), rounds=1)
+    def test_shape_inference_is_no_work(self) -> None:
+        """A search that cuts a graph infers its shapes anew: nothing is multiplied there."""
+        with FakeTensorMode() as fake, enable_python_dispatcher():
+            x, w = fake.from_tensor(torch.randn(3, 4)), fake.from_tensor(torch.randn(5, 4))
+        with WorkCounter() as counter:
+            with fake, enable_python_dispatcher():
+                assert torch.ops.aten.linear.default(x, w).shape == (3, 5)
+            torch.empty(3, 4, device="meta") @ torch.empty(4, 5, device="meta")
+        assert counter.macs == 0
 
 
 class TestEvaluation:
@@ -328,14 +287,19 @@ class TestMethods:
     @pytest.mark.parametrize("suite", SUITES)
     def test_every_method_can_be_called(self, suite: str) -> None:
         methods = [*OURS[suite], *PEERS[suite]]
-        assert len({(method.by, method.label) for method in methods}) == len(methods)
+        for model in SUBJECTS:
+            here = [
+                (m.by, m.label, levels) for m in methods if not m.models or model in m.models for levels in [m.levels]
+            ]
+            assert len(set(here)) == len(here), "a row has one method"
         for method in methods:
             module, _, name = method.step.partition(":")
             given = {"case": {}, "level": {}, "target": "", **method.arguments}
             inspect.signature(getattr(importlib.import_module(module), name)).bind(**given)
             assert method.restores is None or (method.trained and method.restores in {m.label for m in methods})
             if method.by == "ours":
-                parse_pipeline(fill(method.arguments["pipeline"], LEVEL))
+                text = fill(method.arguments["pipeline"], {**LEVEL, "rank": method.arguments.get("rank", 0)})
+                parse_pipeline(",".join([text, *filter(None, [method.arguments.get("then")])]))
         module = importlib.import_module(f"graphlathe.tools.bench.{suite.replace('-', '_')}")
         assert module.SUITE.name == suite and module.SUITE.goals
 
@@ -382,156 +346,3 @@ class TestMethods:
         assert 0.3 <= ratio <= 0.31 and result <= 70
         with pytest.raises(GraphlatheError, match=str(LARGEST)):
             smallest_ratio(lambda r: 1, lambda left: False)
-
-
-def row(ppl: float | None, parameters: int, **more: Any) -> Row:
-    return {"state": "ok", "ppl_faq": ppl, "ppl_handbook": ppl, "parameters": parameters, "macs": None, **more}
-
-
-def measured(by: str, label: str, values: Row, level: Level | None = None, **more: Any) -> tuple[Method, Level, Row]:
-    return Method(label, by, "m:f", **more), level or Level("20%", 0.2, params=100), values
-
-
-BASE = row(10.0, 120, macs=1000)
-
-
-def goals(*rows: tuple[Method, Level, Row]) -> dict[str, Goal]:
-    return {goal.name: goal for goal in goals_of("smollm2-135m", BASE, rows)}
-
-
-def only_value(found: Mapping[str, Goal], word: str) -> float:
-    return next(goal.value for name, goal in found.items() if word in name)
-
-
-class TestGoals:
-    def test_our_best_against_their_best(self) -> None:
-        found = goals(
-            measured("ours", "a", row(30.0, 100)),
-            measured("ours", "b", row(20.0, 100)),
-            measured("x", "c", row(25.0, 100)),
-            measured("y", "d", row(40.0, 101)),
-        )
-        assert len(found) == 2, "one for each score"
-        assert all(goal.value == pytest.approx(20 / 25) and goal.met for goal in found.values())
-        assert "(b; c)" in next(iter(found))
-
-    def test_a_method_that_keeps_more_is_no_rival_and_one_that_keeps_less_is(self) -> None:
-        ours = measured("ours", "a", row(20.0, 100))
-        assert math.isnan(only_value(goals(ours, measured("x", "c", row(1.0, 110))), "ppl_faq"))
-        lost = goals(ours, measured("x", "c", row(10.0, 50)))
-        assert only_value(lost, "ppl_faq") == 2 and not any(goal.met for goal in lost.values())
-
-    def test_ours_over_the_budget_does_not_count(self) -> None:
-        assert math.isnan(
-            only_value(goals(measured("ours", "a", row(5.0, 110)), measured("x", "c", row(9.0, 100))), "ppl")
-        )
-
-    def test_failed_rows_and_training_stay_out(self) -> None:
-        found = goals(
-            measured("ours", "a", row(20.0, 100)),
-            measured("ours", "t", row(5.0, 100), trained=True, restores="a"),
-            measured("x", "c", {"state": "failed: no"}),
-            measured("y", "d", row(25.0, 100)),
-        )
-        assert only_value(found, "ppl_faq over") == pytest.approx(20 / 25)
-        # Of 20 - 10 lost on the domain that training did not see, 15 came back.
-        assert only_value(found, "brings back") == pytest.approx(1.5)
-
-    def test_zeros_are_compared_by_what_is_not_zero(self) -> None:
-        method, level, values = measured("x", "c", row(9.0, 120, nonzeros=100), sparse=True)
-        assert cost_of(method, level, values) == 100
-        assert only_value(goals(measured("ours", "a", row(18.0, 100)), (method, level, values)), "ppl_faq") == 2
-
-    def test_budgets_of_time_compare_times(self) -> None:
-        level = Level("ms", 0.0, macs=800, ms=80.0)
-        seconds = {"T256_seconds": 0.08, "dense_T256_seconds": 0.1}
-        method, _, values = measured("ours", "a", row(9.0, 500, **seconds), level)
-        assert cost_of(method, level, values) == 0.08
-
-    def test_latency(self) -> None:
-        seconds = {"T1_seconds": 1.0, "dense_T1_seconds": 1.0, "T256_seconds": 0.82, "dense_T256_seconds": 1.0}
-        values = row(9.0, 100, **seconds) | {"macs": 800}
-        assert latency_over_macs(values, BASE) == pytest.approx(0.18 / 0.2)
-        goal = next(g for name, g in goals(measured("ours", "a", values)).items() if "latency" in name)
-        assert goal.value == pytest.approx(0.9) and goal.at_least
-        assert math.isnan(latency_over_macs(values | {"macs": 1000}, BASE)), "nothing was removed"
-        assert math.isnan(latency_over_macs(values | {"T256_seconds": None}, BASE))
-
-    def test_speed_at_the_extreme_level(self) -> None:
-        level = Level("tiny", 0.0, macs=150, peers=False)
-        seconds = {"T256_seconds": 0.2, "dense_T256_seconds": 1.0}
-        found = goals(measured("ours", "s", row(99.0, 9, **seconds) | {"macs": 100}, level, trained=True))
-        assert only_value(found, "throughput") == pytest.approx(5)
-        assert only_value(found, "share of the MACs") == pytest.approx(0.1)
-        assert not Method("c", "x", "m:f").fits("minilm-l6", level), "the other tools are not asked"
-
-
-class TestProtocol:
-    def test_a_failure_is_a_row_with_its_reason(self, tmp_path: Path) -> None:
-        """The real way: a step in a process of its own, whose tool is not there."""
-        method = PEERS["compress-vision"][0]
-        found = run_method(
-            method, Level("l", 0.0, params=1), Case("efficientnet-lite0", peers=str(tmp_path)), tmp_path, tmp_path
-        )
-        assert found["state"].startswith("failed: GraphlatheError: 'torch_pruning' cannot be imported")
-        assert found["by"] == method.by and "parameters" not in found
-        assert not list(tmp_path.iterdir()), "nothing is left behind"
-
-    def test_rows_goals_and_notes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """With every process replaced by its answer: dense first, then each method, all judged against it."""
-        asked: list[str] = []
-
-        def answer(function: str, arguments: Mapping[str, Any], timeout: float) -> Measured:
-            name = function.rpartition(":")[2]
-            asked.append(name)
-            if name == "write_dense":
-                return Measured(1.0, 1, {"source": "books", "parameters": 120})
-            if name == "broken":
-                raise GraphlatheError("m:broken failed in a process of its own: ValueError: because")
-            if name == "evaluate":
-                dense = arguments["changed"] == arguments["dense"]
-                times = {"T2_seconds": 1.0 if dense else 0.5, "dense_T2_seconds": 1.0}
-                return Measured(
-                    1.0,
-                    1,
-                    row(10.0 if dense else 15.0, 120 if dense else 100, **times) | {"macs": 1000 if dense else 500},
-                )
-            return Measured(1.0, 77, {"search_units": 5, "pipeline": "p", "plan": {"long": "plan"}})
-
-        monkeypatch.setattr(compress_run, "measure_in_subprocess", answer)
-        monkeypatch.setattr(compress_run, "install", lambda given: (tmp_path, {"onnxsim": "not installed: why"}))
-        monkeypatch.setitem(OURS, "compress-depth", (Method("mine", "ours", "m:made"),))
-        monkeypatch.setattr(compress_run, "peers_of", lambda suite: (Method("theirs", "x", "m:broken"),))
-        case = Case("smollm2-135m")
-        parts = [Part(case, case, lambda facts, base: [Level("one", 0.5, params=100), Level("two", 0.6, params=90)])]
-        result = run_parts("compress-depth", parts, Run(quick=True))
-        assert asked == ["write_dense", "evaluate", "made", "evaluate", "broken"], "a quick run has one level"
-        assert [(r["level"], r["method"], r["state"]) for r in result.rows] == [
-            ("dense", "-", "ok"),
-            ("one", "mine", "ok"),
-            ("one", "theirs", "failed: ValueError: because"),
-        ]
-        mine = result.rows[1]
-        assert mine["peak_bytes"] == 77 and mine["search_units"] == 5 and "plan" not in mine
-        assert mine["latency_over_macs"] == pytest.approx(1) and not any(key.startswith("dense_") for key in mine)
-        assert "smollm2-135m: text from books" in result.notes and "onnxsim: not installed: why" in result.notes
-        assert any("not measured" in goal.margin for goal in result.goals), "no rival, no victory"
-
-    def test_only(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(compress_run, "install", lambda given: (tmp_path, {}))
-        monkeypatch.setattr(
-            compress_run,
-            "measure_in_subprocess",
-            lambda function, arguments, timeout: Measured(1.0, 1, {**BASE, "source": "", "blocks": 4}),
-        )
-        case = Case("smollm2-135m")
-        parts = [Part(case, case, lambda facts, base: [Level("one", 0.5, params=100)])]
-        result = run_parts("compress-depth", parts, Run(only="best window"))
-        assert [r["method"] for r in result.rows] == ["-", "passthrough, best window"]
-
-    def test_our_step(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The pipeline runs on the subject's program, and the file is there afterwards."""
-        monkeypatch.setattr("graphlathe.tools.bench.compress_methods.subject_of", Toy)
-        found = run_pipeline(TOY.to_json(), LEVEL, str(tmp_path / "out.onnx"), "canonicalize")
-        assert found["pipeline"] == "canonicalize" and (tmp_path / "out.onnx").is_file()
-        assert found["search_units"] == 0, "nothing was run to decide anything"

@@ -10,9 +10,9 @@ from __future__ import annotations
 import importlib
 import json
 import math
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +84,13 @@ class Result:
             are printed with units.
         goals: the suite's goals at these measurements.
         notes: what the reader must know (what was skipped, and why).
+        hidden: columns that only the JSON has.
     """
 
     rows: list[Row] = field(default_factory=list)
     goals: list[Goal] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    hidden: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -100,12 +102,17 @@ class Run:
         only: of a suite that consists of cases, those whose name contains this.
         peers: of a suite that compares with other tools, the folder that holds their packages; None: its own choice.
         say: called with a line about what is going on now.
+        known: rows of an earlier, perhaps unfinished, record of the suite; one that says how it was made need not be
+            made again.
+        save: called with what there is so far, by suites of hours.
     """
 
     quick: bool = False
     only: str | None = None
     peers: Path | None = None
     say: Callable[[str], None] = lambda line: None
+    known: Sequence[Row] = ()
+    save: Callable[[Result], None] = lambda result: None
 
 
 @dataclass(frozen=True)
@@ -200,10 +207,45 @@ def get(name: str) -> Suite:
     return suite
 
 
-def run_suite(suite: Suite, run: Run) -> Record:
-    """Run a suite and add the machine, the commit and the versions."""
-    machine = describe_machine()
-    return Record(suite.name, run.quick, machine, commit(), versions(), suite.run(run))
+def run_suite(suite: Suite, run: Run, keep: Callable[[Record], None] = lambda record: None) -> Record:
+    """Run a suite and add the machine, the commit and the versions.
+
+    Args:
+        suite: which.
+        run: how.
+        keep: called with the unfinished record whenever the suite has something new.
+    """
+    machine, at, of = describe_machine(), commit(), versions()
+
+    def record(result: Result) -> Record:
+        return Record(suite.name, run.quick, machine, at, of, result)
+
+    return record(suite.run(replace(run, save=lambda result: keep(record(result)))))
+
+
+def known_rows(path: Path, suite: Suite, quick: bool) -> list[Row]:
+    """The rows of a record on this machine; empty where there is no file.
+
+    Raises:
+        GraphlatheError: the file is no record, or one of another suite, size, processor or of other versions.
+    """
+    if not path.exists():
+        return []
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        found = {key: data[key] for key in ("suite", "quick", "versions")} | {"cpu": data["machine"]["cpu"]}
+        rows: list[Row] = data["rows"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise GraphlatheError(f"'{path}' is no record of a benchmark", remedy="name another file") from error
+    here = {"suite": suite.name, "quick": quick, "versions": versions(), "cpu": describe_machine()["cpu"]}
+    for key, value in here.items():
+        if found[key] != value:
+            raise GraphlatheError(
+                f"'{path}' cannot be continued: its {key} is {found[key]}",
+                expected=str(value),
+                remedy="name a new file",
+            )
+    return rows
 
 
 def columns(rows: Iterable[Row]) -> list[str]:

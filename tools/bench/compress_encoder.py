@@ -103,16 +103,15 @@ class Encoder(Subject):
     def quality(self, run: Call, dense: Call) -> Row:
         """Retrieval at 1, the rank correlation of pairwise cosines with the dense ones, the mean cosine to dense."""
         queries, documents = self._pairs()
-        found: dict[str, Any] = {}
-        for name, call in (("dense", dense), ("changed", run)):
-            found[name] = [
-                embeddings(lambda feed, call=call: call(feed)["last_hidden_state"], part)
-                for part in (queries, documents)
-            ]
-        mine, theirs = (np.concatenate(found[name]) for name in ("changed", "dense"))
+
+        def both(call: Call) -> list[Any]:
+            return [embeddings(lambda feed: call(feed)["last_hidden_state"], part) for part in (queries, documents)]
+
+        changed = both(run)
+        mine, theirs = np.concatenate(changed), np.concatenate(self.stored("embeddings", lambda: both(dense)))
         cosines = unit_rows(mine) * unit_rows(theirs)
         return {
-            "retrieval_at_1": retrieval_at_1(*found["changed"]),
+            "retrieval_at_1": retrieval_at_1(*changed),
             "spearman": spearman(pairwise_cosines(mine), pairwise_cosines(theirs)),
             "cosine_to_dense": float(cosines.sum(axis=1).mean()),
         }

@@ -86,9 +86,10 @@ class Language(Subject):
         """Perplexities, mean KL to the dense model, and agreement of first choices."""
         meters = {name: LanguageMeter() for name in DOMAINS}
         for name, meter in meters.items():
-            for ids in self.windows(name, self.case.test):
+            for index, ids in enumerate(self.windows(name, self.case.test)):
                 feeds = {"input_ids": ids}
-                meter.add(ids, run(feeds)["logits"], dense(feeds)["logits"])
+                wanted = self.stored(f"{name}-{index}", lambda feeds=feeds: dense(feeds)["logits"])
+                meter.add(ids, run(feeds)["logits"], wanted)
         row: Row = {f"ppl_{name}": meter.perplexity for name, meter in meters.items()}
         for column in ("kl", "top1"):
             values = [getattr(meter, column) for meter in meters.values()]

@@ -8,9 +8,11 @@ write, in a process of its own, and answers with what the search cost. Our metho
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -19,6 +21,7 @@ import torch
 
 from ...ir.errors import GraphlatheError
 from ...passes.optimize import optimize
+from ...passes.search.plan import FORMAT
 from .base import Row
 from .compress_subject import Case, Subject, subject_of
 from .compress_work import WorkCounter, count_macs
@@ -93,42 +96,89 @@ def ours(label: str, pipeline: str, **more: Any) -> Method:
 GROUPS, QUERIES = "a third of the key-value groups", "a third of each group's query heads"
 BY_PARAMETERS, BY_TIME = "80% of the parameters", "80% of the milliseconds"
 BY_SPEED = "at most 15% of the MACs"
+FIFTH, QUARTER = ("6 of 30 blocks", "1 of 6 blocks"), "25% of the neurons"
 """Levels that only some methods are for."""
 
 _MEASURED = "compress{{sites={} target=$params allocator=knapsack score=optimal-compensation measure}}"
 _LANGUAGE, _ENCODER, _PHOTOS = ("smollm2-135m",), ("minilm-l6",), ("efficientnet-lite0",)
+_EVERYTHING = "mlp,heads,drop-attention,drop-mlp"
 
-_DISTILL = "distill{steps=300 learning_rate=0.0001}"
+_DISTILL = {
+    _LANGUAGE: "distill{steps=300 learning_rate=0.0001}",
+    _ENCODER: "distill{steps=300 learning_rate=0.0002 batches_per_step=8}",
+    _PHOTOS: "distill{steps=300 learning_rate=0.0001}",
+}
+"""Short training by subject: windows and images are one batch each, an encoder's are single paragraphs."""
 _SEARCH = "generations=64 offspring=8 survivors=3 small=1 large=6 confidence=0.5 patience=20"
+_EVOPRESS = f"canonicalize,evopress{{target=$params rank=$rank {_SEARCH}}}"
 
 
-def _healed(label: str, pipeline: str, **more: Any) -> tuple[Method, Method]:
-    """A method, and the same one with short distillation."""
-    return ours(label, pipeline, **more), ours(
-        f"{label}, distilled", f"{pipeline},{_DISTILL}", restores=label, trained=True, **more
-    )
+def _distilled(plain: Method, *levels: str) -> tuple[Method, ...]:
+    """A method with short distillation, at some levels (none: at all of its own): one for every subject."""
+    found = []
+    for models, text in _DISTILL.items():
+        if not plain.models or set(models) & set(plain.models):
+            label, arguments = f"{plain.label}, distilled", {**plain.arguments, "then": text}
+            found.append(
+                replace(
+                    plain,
+                    label=label,
+                    arguments=arguments,
+                    restores=plain.label,
+                    trained=True,
+                    models=models,
+                    levels=levels or plain.levels,
+                )
+            )
+    return tuple(found)
 
+
+def _with_rank(plain: Method, rank: int) -> Method:
+    """A method with a map of this rank in place of what is dropped whole."""
+    return replace(plain, label=f"{plain.label}, maps of rank {rank}", arguments={**plain.arguments, "rank": rank})
+
+
+_WINDOW = ours("ShortGPT, window", "canonicalize,shortgpt{blocks=$count window rank=$rank}")
+_DEPTH = ours("EvoPress", _EVOPRESS)
+_COMP = ours("COMP", "canonicalize,comp{target=$params}")
+_LEAST_SQUARES = ours(
+    "optimal compensation, least squares",
+    "canonicalize,compress{sites=mlp target=$params score=optimal-compensation}",
+)
+_HEADS = ours("measured levels", f"canonicalize,{_MEASURED.format('heads')}", levels=(GROUPS,))
+_BRANCHES = ours(
+    "measured levels, branches and widths",
+    f"canonicalize,{_MEASURED.format(_EVERYTHING)}",
+    levels=(BY_PARAMETERS,),
+)
+_CHANNELS = ours(
+    "optimal compensation, least squares",
+    "canonicalize,fold-batchnorm,compress{sites=channels target=$params score=optimal-compensation}",
+    models=_PHOTOS,
+)
+_ANYTHING = replace(_DEPTH, levels=(BY_PARAMETERS,))
 
 OURS: dict[str, tuple[Method, ...]] = {
     "compress-depth": (
-        ours("block influence, greedy", "canonicalize,drop-layers{ratio=$ratio greedy}"),
-        ours("ShortGPT", "canonicalize,shortgpt{blocks=$count}"),
-        ours("ShortGPT, window", "canonicalize,shortgpt{blocks=$count window}"),
-        *_healed("window, map of rank 128", "canonicalize,shortgpt{blocks=$count window rank=128}"),
-        *_healed("EvoPress", f"canonicalize,evopress{{target=$params {_SEARCH}}}"),
+        ours("block influence, greedy", "canonicalize,drop-layers{ratio=$ratio greedy}", levels=FIFTH),
+        ours("ShortGPT", "canonicalize,shortgpt{blocks=$count}", levels=FIFTH),
+        _WINDOW,
+        _with_rank(_WINDOW, 128),
+        _DEPTH,
+        _with_rank(_DEPTH, 128),
+        *_distilled(_with_rank(_DEPTH, 128), *FIFTH),
     ),
     "compress-width": (
         ours("FLAP", "canonicalize,flap{sites=mlp ratio=$ratio}"),
-        *_healed("COMP", "canonicalize,comp{target=$params}"),
-        ours(
-            "optimal compensation, least squares",
-            "canonicalize,compress{sites=mlp target=$params score=optimal-compensation}",
-        ),
+        _COMP,
+        _LEAST_SQUARES,
+        *_distilled(_LEAST_SQUARES, QUARTER),
         ours("Tyr", "canonicalize,tyr{sites=mlp target=$params generations=16 offspring=8 iterations=2 large=6}"),
     ),
     "compress-heads": (
         ours("FLAP", "canonicalize,flap{sites=heads target=$params}", levels=(GROUPS,)),
-        *_healed("measured levels", f"canonicalize,{_MEASURED.format('heads')}", levels=(GROUPS,)),
+        _HEADS,
+        *_distilled(_HEADS),
         ours(
             "Tyr", "canonicalize,tyr{sites=heads target=$params generations=16 offspring=8 large=6}", levels=(GROUPS,)
         ),
@@ -136,21 +186,19 @@ OURS: dict[str, tuple[Method, ...]] = {
         ours("measured levels, query heads", f"canonicalize,{_MEASURED.format('query-heads')}", levels=(QUERIES,)),
     ),
     "compress-combined": (
-        *_healed(
-            "measured levels, branches and widths",
-            f"canonicalize,{_MEASURED.format('mlp,heads,drop-attention,drop-mlp')}",
-            levels=(BY_PARAMETERS,),
-        ),
+        _BRANCHES,
+        *_distilled(_BRANCHES),
         ours(
             "evolution, branches and widths",
-            "canonicalize,compress{sites=mlp,heads,drop-attention,drop-mlp target=$params allocator=evolution"
+            f"canonicalize,compress{{sites={_EVERYTHING} target=$params allocator=evolution"
             " score=optimal-compensation steps=8 generations=40 offspring=12}",
             levels=(BY_PARAMETERS,),
         ),
-        ours("EvoPress", f"canonicalize,evopress{{target=$params {_SEARCH}}}", levels=(BY_PARAMETERS,)),
+        _ANYTHING,
+        _with_rank(_ANYTHING, 128),
         ours(
             "measured levels, milliseconds",
-            "canonicalize,compress{sites=mlp,heads,drop-attention,drop-mlp target=$ms budget=ms allocator=knapsack"
+            f"canonicalize,compress{{sites={_EVERYTHING} target=$ms budget=ms allocator=knapsack"
             " score=optimal-compensation measure multiple=16}",
             levels=(BY_TIME,),
         ),
@@ -170,10 +218,8 @@ OURS: dict[str, tuple[Method, ...]] = {
     "compress-vision": (
         ours("FLAP", "canonicalize,fold-batchnorm,flap{sites=channels target=$params}"),
         ours("fluctuation, least squares", "canonicalize,fold-batchnorm,compress{sites=channels target=$params}"),
-        *_healed(
-            "optimal compensation, least squares",
-            "canonicalize,fold-batchnorm,compress{sites=channels target=$params score=optimal-compensation}",
-        ),
+        _CHANNELS,
+        *_distilled(_CHANNELS),
         ours(
             "Tyr",
             "canonicalize,fold-batchnorm,tyr{sites=channels target=$params generations=16 offspring=8 iterations=2"
@@ -197,16 +243,85 @@ def fill(pipeline: str, level: Mapping[str, Any]) -> str:
         raise GraphlatheError(f"in the pipeline '{pipeline}': {error}", expected=f"of {', '.join(numbers)}") from error
 
 
-def run_pipeline(case: Mapping[str, Any], level: Mapping[str, Any], target: str, pipeline: str) -> Row:
-    """Run one of our pipelines on the dense program and write the ONNX file."""
-    subject = subject_of(Case.from_json(case))
+def run_pipeline(
+    case: Mapping[str, Any],
+    level: Mapping[str, Any],
+    target: str,
+    pipeline: str,
+    rank: int = 0,
+    then: str | None = None,
+) -> Row:
+    """Run one of our pipelines on the dense program and write the ONNX file.
+
+    What differs from a pipeline that the same run has made before only in ``rank`` or ``then`` takes its plans instead
+    of searching for them again; the search's cost counts all the same.
+
+    Args:
+        case, level, target: see the module's text.
+        pipeline: with ``$`` numbers.
+        rank: what ``$rank`` stands for: the rank of the maps in place of what is dropped whole.
+        then: passes to follow.
+    """
+    chosen = Case.from_json(case)
+    subject = subject_of(chosen)
     module, batches = subject.module(), subject.calibration()
     program = subject.program(module)
-    text = fill(pipeline, level)
+    text = fill(pipeline, {**level, "rank": rank})
+    own, plain = _Kept(chosen, text), _Kept(chosen, fill(pipeline, {**level, "rank": 0}))
+    source = next((kept for kept in (own, plain) if kept.exists), None)
+    steps = text if source is None else source.pipeline(rank)
     with Search(subject, module) as search:
-        result = optimize(program, passes=text, calibration=batches, progress=False, costs=False)
+        # Quality is measured on the test data, for all methods alike.
+        result = optimize(
+            program,
+            passes=steps if then is None else f"{steps},{then}",
+            calibration=batches,
+            progress=False,
+            costs=False,
+            drift_batches=0,
+        )
     result.export_onnx(target, fallback=False)
-    return {"pipeline": text, **search.row(), "plan": result.plan}
+    row = search.row()
+    if source is not None:
+        row = {key: value + source.cost()[key] for key, value in row.items()}
+    elif then is None:
+        own.save(result.plan, row)
+    return {"pipeline": text if then is None else f"{text},{then}", **row, "plan": result.plan}
+
+
+class _Kept:
+    """The plans of a pipeline, and what they cost, in the folder of the run."""
+
+    def __init__(self, case: Case, pipeline: str) -> None:
+        name = hashlib.sha256(f"{case.model} {pipeline}".encode()).hexdigest()[:12]
+        self._folder = Path(case.work) / name if case.work else None
+
+    @property
+    def exists(self) -> bool:
+        return self._folder is not None and (self._folder / "cost.json").is_file()
+
+    def pipeline(self, rank: int) -> str:
+        """The plans as a pipeline, with maps of this rank in place of what they drop."""
+        assert self._folder is not None
+        plans = sorted(self._folder.glob("plan-*.json"))
+        for plan in plans:
+            plan.write_text(json.dumps({**json.loads(plan.read_text()), "rank": rank}))
+        return ",".join(["canonicalize", *(f'apply-plan{{path="{plan}"}}' for plan in plans)])
+
+    def cost(self) -> Row:
+        assert self._folder is not None
+        found: Row = json.loads((self._folder / "cost.json").read_text())
+        return found
+
+    def save(self, plans: Mapping[str, Mapping[str, Any]], cost: Row) -> None:
+        """Keep them, unless a pass did something that no plan holds."""
+        found = list(plans.values())
+        if self._folder is None or not found or any(plan.get("format") != FORMAT for plan in found):
+            return
+        self._folder.mkdir(exist_ok=True)
+        for index, plan in enumerate(found):
+            (self._folder / f"plan-{index}.json").write_text(json.dumps(plan))
+        (self._folder / "cost.json").write_text(json.dumps(cost))
 
 
 class Search:

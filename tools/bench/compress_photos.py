@@ -91,12 +91,12 @@ class Photos(Subject):
 
     def quality(self, run: Call, dense: Call) -> Row:
         """Agreement of first choices and mean KL to the dense model."""
-        mine: list[Tensor] = []
-        theirs: list[Tensor] = []
-        for feeds in self._crops(TESTED, self.case.test):
-            mine.append(next(iter(run(feeds).values())))
-            theirs.append(next(iter(dense(feeds).values())))
-        a, b = torch.cat(mine).numpy(), torch.cat(theirs).numpy()
+        crops = self._crops(TESTED, self.case.test)
+
+        def outputs(call: Call) -> Any:
+            return torch.cat([next(iter(call(feeds).values())) for feeds in crops]).numpy()
+
+        a, b = outputs(run), self.stored("outputs", lambda: outputs(dense))
         return {"top1": agreement(a, b), "kl": mean_kl(a, b)}
 
 

@@ -7,6 +7,8 @@ exporter, one thread.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
 import tempfile
@@ -21,10 +23,13 @@ from .base import Result, Row, Run
 from .compress_goals import goals_of, latency_over_macs
 from .compress_methods import OURS, PACKAGE, Level, Method
 from .compress_peers import install, peers_of
-from .compress_subject import Case
+from .compress_subject import SUBJECTS, Case
+from .machine import commit
 from .measure import measure_in_subprocess
 
 STEP_TIMEOUT = 6 * 3600.0
+_ONLY_RECORDED = ("recipe", "commit", "pipeline", "dense_")
+"""Starts of the columns that the JSON has and the table has not: the paired times of the dense model serve ratios."""
 _THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
@@ -53,10 +58,8 @@ def run_parts(suite: str, parts: Sequence[Part], context: Run) -> Result:
     with _one_thread(), tempfile.TemporaryDirectory(prefix="graphlathe-compress-") as work:
         for part in parts:
             case = replace(part.quick if context.quick else part.case, peers=str(folder), work=work)
-            measured = _run_part(suite, part, case, Path(work), context)
-            result.rows += measured.rows
-            result.goals += measured.goals
-            result.notes += measured.notes
+            _run_part(suite, part, case, Path(work), context, result)
+    result.hidden = frozenset(key for row in result.rows for key in row if key.startswith(_ONLY_RECORDED))
     result.notes += [
         "one thread; times are medians of processor time over rounds that were undisturbed (wall / processor <= 1.3)",
         "search units: the work of the search over that of one token (or image) in the dense model; ours include the "
@@ -80,8 +83,10 @@ def _one_thread() -> Generator[None]:
                 os.environ[name] = value
 
 
-def _run_part(suite: str, part: Part, case: Case, work: Path, context: Run) -> Result:
-    result = Result()
+def _run_part(suite: str, part: Part, case: Case, work: Path, context: Run, result: Result) -> None:
+    methods = [*OURS[suite], *peers_of(suite)]
+    if context.only and _names_another(context.only, case.model):
+        return
     context.say(f"{case.model}: the dense model")
     dense = work / f"{case.model}-dense.onnx"
     written = measure_in_subprocess(
@@ -90,27 +95,49 @@ def _run_part(suite: str, part: Part, case: Case, work: Path, context: Run) -> R
     facts: dict[str, Any] = written.result
     if facts["source"]:
         result.notes.append(f"{case.model}: text from {facts['source']}")
-    base = _measured(case, dense, dense)
-    result.rows.append({"model": case.model, "level": "dense", "method": "-", "by": "-", "state": "ok", **shown(base)})
-    levels = list(part.levels(facts, base))
-    methods = [*OURS[suite], *peers_of(suite)]
+    known = {row["recipe"]: row for row in context.known if row.get("recipe") and row["state"] == "ok"}
+    base = known.get(recipe := _recipe(case))
+    if base is None:
+        head = {"model": case.model, "level": "dense", "method": "-", "by": "-", "state": "ok"}
+        base = head | _measured(case, dense, dense) | {"recipe": recipe, "commit": commit()}
+    result.rows.append(base)
     rows: list[tuple[Method, Level, Row]] = []
+    levels = list(part.levels(facts, base))
     for level in levels[: part.quick_levels] if context.quick else levels:
         for method in methods:
             name = f"{case.model}, {level.name}, {method.by}: {method.label}"
-            if not method.fits(case.model, level) or (context.only and context.only not in name):
+            recipe = _recipe(case, method, level)
+            if not method.fits(case.model, level):
                 continue
-            context.say(name)
-            row = run_method(method, level, case, dense, work)
-            share = latency_over_macs(row, base)
-            row |= {} if math.isnan(share) else {"latency_over_macs": share}
+            row = known.get(recipe)
+            if row is None:
+                if context.only and context.only not in name:
+                    continue
+                context.say(name)
+                row = run_method(method, level, case, dense, work) | {"recipe": recipe, "commit": commit()}
+                share = latency_over_macs(row, base)
+                row |= {} if math.isnan(share) else {"latency_over_macs": share}
             rows.append((method, level, row))
-            result.rows.append(shown(row))
-            pipeline = row.get("pipeline")
-            if pipeline:
-                result.notes.append(f"{name} = {pipeline}")
+            result.rows.append(row)
+            context.save(result)
+            if row.get("pipeline"):
+                result.notes.append(f"{name} = {row['pipeline']}")
     result.goals += goals_of(case.model, base, rows)
-    return result
+
+
+def _names_another(only: str, model: str) -> bool:
+    """Whether a text that selects rows is about another subject than this one."""
+    others = [name for name in SUBJECTS if name != model]
+    return only not in model and any(only in name or only.startswith(name) for name in others)
+
+
+def _recipe(case: Case, method: Method | None = None, level: Level | None = None) -> str:
+    """What tells whether a row of an earlier record is the same measurement: a hash of all that it was made from."""
+    sizes = {key: value for key, value in case.to_json().items() if key not in ("peers", "work")}
+    made = None if method is None else [method.by, method.label, method.step, dict(method.arguments)]
+    # A limit in milliseconds is a share of what the dense model took in this run.
+    limits = None if level is None else {key: value for key, value in level.to_json().items() if key != "ms"}
+    return hashlib.sha256(json.dumps([sizes, made, limits], sort_keys=True).encode()).hexdigest()[:12]
 
 
 def run_method(method: Method, level: Level, case: Case, dense: Path, work: Path) -> Row:
@@ -139,8 +166,3 @@ def _measured(case: Case, dense: Path, changed: Path) -> Row:
     arguments = {"case": case.to_json(), "dense": str(dense), "changed": str(changed)}
     found: Row = measure_in_subprocess(f"{PACKAGE}.compress_evaluate:evaluate", arguments, timeout=STEP_TIMEOUT).result
     return found
-
-
-def shown(row: Row) -> Row:
-    """The row as it is printed: without the paired times of the dense model, which only ratios need."""
-    return {key: value for key, value in row.items() if not key.startswith("dense_") and key != "pipeline"}

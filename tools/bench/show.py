@@ -8,7 +8,7 @@ from typing import Any
 from ...ir.errors import GraphlatheError
 from ...ir.files import check_writable
 from ..console import console, count, duration, new_table, size
-from .base import Record, Run, columns, get, names, run_suite
+from .base import Record, Run, columns, get, known_rows, names, run_suite
 
 
 def list_suites() -> None:
@@ -27,6 +27,7 @@ def bench(
     quick: bool,
     only: str | None = None,
     peers: Path | None = None,
+    resume: bool = False,
 ) -> int:
     """Run a suite, print it, and return the exit code: 1 when ``check`` is set and a goal was missed."""
     if name is None:
@@ -38,8 +39,12 @@ def bench(
     suite = get(name)
     if json_path is not None:
         check_writable(json_path)
+    if resume and json_path is None:
+        raise GraphlatheError("--resume goes on with a record", remedy="name its file with --json")
+    known = known_rows(json_path, suite, quick) if resume and json_path is not None else []
     notes = console(stderr=True)
-    record = run_suite(suite, Run(quick=quick, only=only, peers=peers, say=lambda line: notes.print(line, style="dim")))
+    run = Run(quick, only, peers, say=lambda line: notes.print(line, style="dim"), known=known)
+    record = run_suite(suite, run, lambda record: None if json_path is None else record.write(json_path))
     show(record)
     if json_path is not None:
         record.write(json_path)
@@ -51,7 +56,7 @@ def show(record: Record) -> None:
     """Print the rows, the circumstances and the goals."""
     out = console()
     rows = record.result.rows
-    names_ = columns(rows)
+    names_ = [name for name in columns(rows) if name not in record.result.hidden]
     words = [c for c in names_ if any(isinstance(r.get(c), str) for r in rows)]
     table = new_table(
         f"bench {record.suite}{' (quick)' if record.quick else ''}",
