@@ -374,6 +374,12 @@ def bench(
     resume: Annotated[
         bool, typer.Option("--resume", help="go on with the record in --json FILE (compress-...)")
     ] = False,
+    markdown: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--markdown", metavar="FILE", help="measure nothing: print this record as Markdown; may be repeated"
+        ),
+    ] = None,
 ) -> None:
     """Measure: correctness first, then time and memory, against stated goals."""
     from .bench.show import bench as run_bench
@@ -381,6 +387,11 @@ def bench(
 
     if list_:
         list_suites()
+        return
+    if markdown:
+        from .bench.markdown import records
+
+        typer.echo(records(markdown), nl=False)
         return
     code = run_bench(suite, json_, check, quick, only, peers, resume)
     if code:

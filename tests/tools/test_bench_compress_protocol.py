@@ -22,6 +22,7 @@ from graphlathe.tools.bench.compress_methods import OURS, Level, Method, run_pip
 from graphlathe.tools.bench.compress_peers import PEERS
 from graphlathe.tools.bench.compress_run import Part, run_method, run_parts
 from graphlathe.tools.bench.compress_subject import Case
+from graphlathe.tools.bench.markdown import records
 from graphlathe.tools.bench.measure import Measured
 from graphlathe.tools.bench.show import bench
 from tests.compress_toy import BASE, LEVEL, TOY, Toy, measured, row
@@ -265,3 +266,19 @@ class TestRecords:
             known_rows(path, self.SUITE, False)
         with pytest.raises(GraphlatheError, match="name its file with --json"), bench_base.registered(self.SUITE):
             bench("told", None, False, False, resume=True)
+
+    def test_markdown(self, tmp_path: Path, asked: list[str]) -> None:
+        """One table for each level, without what only the file has; missed goals stand out."""
+        path = tmp_path / "r.json"
+        suite = Suite("compress-depth", "", (), lambda run: run_parts("compress-depth", PARTS, run))
+        run_suite(suite, Run(quick=True)).write(path)
+        text = records([path])
+        assert text.startswith("## compress-depth\n") and "`graphlathe bench compress-depth --quick` on " in text
+        assert text.count("\n### ") == 3 and "### smollm2-135m, one\n" in text
+        (mine,) = (line for line in text.splitlines() if line.startswith("| mine |"))
+        assert mine.startswith("| mine | ours | ok | 5 | 77 B | 15 | 15 | 100 | 500 |") and "recipe" not in text
+        assert "| theirs | x | failed: ValueError: because | " in text
+        assert "**not measured**" in text and "- onnxsim: not installed: why" in text
+        path.write_text("[]")
+        with pytest.raises(GraphlatheError, match="no record of a benchmark"):
+            records([path])

@@ -149,7 +149,7 @@ class Record:
         return [goal for goal in self.result.goals if not goal.met]
 
     def to_json(self) -> Row:
-        """JSON data: suite, machine, commit, versions, rows, goals, notes."""
+        """JSON data: suite, machine, commit, versions, rows, goals, notes, columns that tables leave out."""
         return {
             "suite": self.suite,
             "quick": self.quick,
@@ -159,6 +159,7 @@ class Record:
             "rows": self.result.rows,
             "goals": [goal.to_json() for goal in self.result.goals],
             "notes": self.result.notes,
+            "hidden": sorted(self.result.hidden),
         }
 
     def write(self, path: Path) -> None:

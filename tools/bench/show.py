@@ -61,7 +61,7 @@ def show(record: Record) -> None:
     table = new_table(
         f"bench {record.suite}{' (quick)' if record.quick else ''}",
         words,
-        [_title(c) for c in names_ if c not in words],
+        [title(c) for c in names_ if c not in words],
     )
     for row in rows:
         table.add_row(*(cell(c, row.get(c)) for c in [*words, *(c for c in names_ if c not in words)]))
@@ -89,7 +89,8 @@ def show(record: Record) -> None:
         out.print(goals)
 
 
-def _title(column: str) -> str:
+def title(column: str) -> str:
+    """A column's name for people."""
     return column.removesuffix("_seconds").removesuffix("_bytes").replace("_", " ") if column != "seconds" else "median"
 
 
