@@ -7,6 +7,7 @@ a translation, and isomorphic blocks repeat them: each distinct call is traced o
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,8 +28,21 @@ def _adaptive_avg_pool1d(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     return torch.ops.aten._adaptive_avg_pool2d(x.unsqueeze(-2), [1, *size]).squeeze(-2)
 
 
+def _rms_norm(
+    x: torch.Tensor, shape: Sequence[int], weight: torch.Tensor | None = None, eps: float | None = None
+) -> torch.Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))  # as PyTorch's kernel computes in half precision
+    # Not `mean`: over two dimensions it would become a pooling, which runtimes lack in double precision.
+    mean = wide.square().sum(dim=list(range(-len(shape), 0)), keepdim=True) / math.prod(shape)
+    scaled = wide * torch.rsqrt(mean + (torch.finfo(x.dtype).eps if eps is None else eps))
+    return (scaled if weight is None else scaled * weight).to(x.dtype)
+
+
 # Operators whose own decomposition writes in place, in terms of ones whose does not.
-_INSTEAD: dict[Any, Callable[..., Any]] = {torch.ops.aten.adaptive_avg_pool1d.default: _adaptive_avg_pool1d}
+_INSTEAD: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.adaptive_avg_pool1d.default: _adaptive_avg_pool1d,
+    torch.ops.aten.rms_norm.default: _rms_norm,
+}
 
 
 @cache

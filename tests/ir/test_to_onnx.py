@@ -559,6 +559,24 @@ def test_operators_that_onnx_has_otherwise(function: Any, tmp_path: Path) -> Non
     assert_same(program, program.export_onnx(tmp_path / "m.onnx", fallback=False), {"x": x})
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+@pytest.mark.parametrize("eps", [None, 0.1])
+@pytest.mark.parametrize("weight", [False, True])
+def test_root_mean_square_norms_of_dynamic_sizes(
+    dtype: torch.dtype, eps: float | None, weight: bool, tmp_path: Path
+) -> None:
+    """PyTorch's own decomposition writes in place where there is no weight and sizes are symbols."""
+    torch.manual_seed(0)
+    x, scale = torch.randn(2, 3, 4, 6, dtype=dtype), torch.randn(4, 6, dtype=dtype) if weight else None
+    program = trace(
+        Operators(lambda x: nn.functional.rms_norm(x, (4, 6), scale, eps)), (x,), dynamic={"x": {0: "B", 1: "S"}}
+    )
+    path = program.export_onnx(tmp_path / "m.onnx", fallback=False)
+    for given in (x, torch.randn(3, 1, 4, 6, dtype=dtype)):
+        tol = 2e-3 if dtype is torch.float16 else 1e-5
+        assert_close(run_file(path, {"x": given})["output"], program.run({"x": given})["output"], tol)
+
+
 def test_embedding_bags_go_through_the_stock_exporter(tmp_path: Path) -> None:
     model = nn.EmbeddingBag(9, 4, mode="sum")
     ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
