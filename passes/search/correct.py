@@ -6,6 +6,10 @@ of low rank, fitted in closed form on calibration data, so nothing is trained:
     before   x ── block ── block ── y          after   x ─┬─ rms ─ A [r, d] ─ B [d, r] ─ + ── y'
                                                           └──────────────────────────────┘
 
+Channels of a stream, and positions, differ in size by orders of magnitude. So the map's inputs are scaled to equal
+variance before they are damped, and its errors count as much as the norms that read the stream let through
+(`norm_metric`). How much is damped is chosen on held-out halves of the data (`sample_sums.chosen_damping`).
+
 Runs are fitted in graph order. Each reads the stream as the changed model has it, and is fitted to bring it to where it
 is in the unchanged model, so that a later map corrects what earlier ones left over.
 
@@ -27,13 +31,17 @@ from ...ir.structure import structure
 from ...ir.weights import Weight
 from ..base import Batch, Context
 from ..fidelity import position_mask
+from .compensation.base import Compensated
 from .compensation.low_rank import low_rank_map
 from .flow import Walk
+from .norm_metric import Norms, position_weights
+from .sample_sums import Samples, Sums, chosen_damping
 from .units import Unit
 
 aten = torch.ops.aten
 _EPSILON = 1e-6
-_DAMPING = 0.01
+DAMPINGS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
+"""Ridges among which is chosen, for inputs of variance one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +106,7 @@ def correct(
             remedy="pass calibration= (or --calibration FILE), or rank=0",
         )
     found, dense = structure(program), program.clone()
+    norms = Norms(program)
     names = {node.name: node for node in dense.graph.nodes}
     before = [Walk(dense, structure(dense), batch) for batch in ctx.calibration or ()] if fit else []
     runs, notes, made = runs_of(program, units), list[str](), 0
@@ -111,13 +120,15 @@ def correct(
         size = min(rank, width)
         factors = torch.zeros(width, size), torch.zeros(size, width), torch.zeros(width)
         if fit:
-            walks = [Walk(program, found, batch) for batch in ctx.calibration or ()]
-            pairs = [
-                _rows(batch, now.values({run.by}, {}, 0)[run.by], old.values({target}, {}, 0)[target])
-                for target in [names[run.replaced.name]]
-                for batch, now, old in zip(ctx.calibration or (), walks, before, strict=True)
-            ]
-            factors = _fitted(pairs, size, run, rewriter.made_by)
+            samples = Samples()
+            target, metric = names[run.replaced.name], norms.channel_weights(run.replaced)
+            for number, (batch, old) in enumerate(zip(ctx.calibration or (), before, strict=True)):
+                x = Walk(program, found, batch).values({run.by}, {}, 0)[run.by]
+                x, y = _rows(batch, x, old.values({target}, {}, 0)[target])
+                scaled = torch.nn.functional.rms_norm(x, x.shape[-1:], eps=_EPSILON)
+                weights = None if metric is None else position_weights(y)
+                samples.add(number, len(before), scaled, y - x, products=True, weights=weights)
+            factors = _fitted(samples, size, run, metric, rewriter.made_by)
         _insert(rewriter, run, *factors)
         made += 1
     rewriter.erase_dead()
@@ -125,33 +136,47 @@ def correct(
 
 
 def _rows(batch: Batch, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The map's inputs and wanted outputs at the positions that count: float64 [rows, channels]."""
+    """The streams before and after at the positions that count, float64 [rows, channels]."""
     mask = position_mask(batch, x.shape[:-1], inside=True) if x.dim() == 3 else None
     x, y = (v.double().reshape(-1, v.shape[-1]) for v in (x, y))
-    if mask is not None:
-        x, y = x[mask.reshape(-1) != 0], y[mask.reshape(-1) != 0]
-    return torch.nn.functional.rms_norm(x, x.shape[-1:], eps=_EPSILON), y - x
+    return (x, y) if mask is None else (x[mask.reshape(-1) != 0], y[mask.reshape(-1) != 0])
 
 
 def _fitted(
-    pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], rank: int, run: Run, made_by: str
+    samples: Samples, rank: int, run: Run, weights: torch.Tensor | None, made_by: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``(B, A, bias)`` of the best map."""
-    count = sum(len(x) for x, _ in pairs)
-    mean_x, mean_y = (sum(pair[i].sum(0) for pair in pairs) / max(count, 1) for i in (0, 1))
-    assert isinstance(mean_x, torch.Tensor) and isinstance(mean_y, torch.Tensor)
-    gram = sum((x - mean_x).T @ (x - mean_x) for x, _ in pairs)
-    cross = sum((x - mean_x).T @ (y - mean_y) for x, y in pairs)
-    assert isinstance(gram, torch.Tensor) and isinstance(cross, torch.Tensor)
-    if not bool(gram.isfinite().all() and cross.isfinite().all()):
+    whole = samples.all
+    assert whole.gram is not None and whole.cross is not None
+    if not bool(whole.gram.isfinite().all() and whole.cross.isfinite().all()):
         raise PreconditionError(
             "the stream holds NaN or infinity on the calibration data",
             pass_name=made_by,
             node=run.by.name,
             remedy="look at the calibration data and the weights",
         )
-    left, right = low_rank_map(gram / max(count, 1), cross / max(count, 1), rank, damping=_DAMPING)
-    return left, right, mean_y - left @ (right @ mean_x)
+
+    metric = torch.ones(len(whole.gram), dtype=torch.float64) if weights is None else weights
+
+    def factors(sums: Sums, damping: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """``B`` and ``A`` for outputs times the metric, and the means of both sides."""
+        assert sums.gram is not None and sums.cross is not None
+        mean_x, mean_y = sums.now / sums.count, sums.before / sums.count * metric
+        gram = sums.gram / sums.count - torch.outer(mean_x, mean_x)
+        cross = sums.cross / sums.count * metric - torch.outer(mean_x, mean_y)
+        spread = gram.diagonal().clamp_min(0).sqrt()
+        spread = spread.clamp_min(max(1e-6 * float(spread.max()), 1e-30))
+        gram = gram / torch.outer(spread, spread)
+        left, right = low_rank_map(gram, cross / spread[:, None], rank, damping=damping)
+        right = right / spread
+        return left, right, mean_y - left @ (right @ mean_x)
+
+    def compensated(sums: Sums, damping: float) -> Compensated:
+        left, right, bias = factors(sums, damping)
+        return Compensated(left @ right, bias)
+
+    left, right, bias = factors(whole, chosen_damping(samples, torch.diag(metric), compensated, DAMPINGS))
+    return left / metric[:, None], right, bias / metric
 
 
 def _insert(rewriter: Rewriter, run: Run, left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor) -> None:

@@ -4,8 +4,9 @@ The sites are walked in graph order. At each, two flows are compared on the cali
 the unchanged model, ``x``, and what it reads now that everything before it is changed, ``z``. The columns that stay are
 chosen for ``z`` so that the output is that of the unchanged layer on ``x``: errors of earlier layers are corrected
 instead of being passed on (the accumulation of expected errors of Tyr; GPTQ-style methods fit ``z`` to itself).
-With ``sequential`` off both are the unchanged flow, as in FLAP. How much a fit is damped is chosen by what it does on
-data that it did not see (`sample_sums.chosen_damping`).
+With ``sequential`` off both are the unchanged flow, as in FLAP. In fits by least squares, positions count as much as
+the norm after the consumer lets through (`norm_metric`). How much a fit is damped is chosen by what it does on data
+that it did not see (`sample_sums.chosen_damping`).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from .compensation.mask_tuning import mask_tuning
 from .consumers import Consumer, columns_labels, input_rows, other_readers, weight_matrix, with_weight_matrix
 from .flow import Walk
 from .levels import combined, zeroed
+from .norm_metric import Norms, position_weights
 from .rows import unflattened
 from .sample_sums import Samples, Sums, chosen_damping
 from .sites import ChannelSite
@@ -142,6 +144,7 @@ def refit(
             f"the compensation '{method}' needs calibration data", remedy="pass calibration= (or --calibration FILE)"
         )
     how, result = METHODS[method], Refit()
+    norms = Norms(program) if how.products else None
     cuts = sorted(((site, removed) for site, removed in cuts if removed), key=lambda cut: cut[0].first)
     masked = combined(program, (zeroed(program, site, removed) for site, removed in cuts))
     kept = _kept_columns(cuts)
@@ -154,15 +157,19 @@ def refit(
             continue
         samples = {consumer: Samples() for consumer in work}
         operands = {consumer.operand for consumer in work}
+        streams = {c: norms.after(c.node) if norms is not None else None for c in work}
+        both = operands | {stream for stream in streams.values() if stream is not None}
         for number, (batch, before, after) in enumerate(zip(ctx.calibration, dense, now, strict=True)):
-            x = before.values(operands, {}, site.first)
+            x = before.values(both, {}, site.first)
             z = after.values(operands, combined(program, (masked, result.weights)), site.first) if sequential else x
             for consumer in work:
                 rows = (
                     counted_rows(consumer, batch, z[consumer.operand]),
                     counted_rows(consumer, batch, x[consumer.operand]),
                 )
-                samples[consumer].add(number, len(dense), *rows, how.products)
+                stream = streams[consumer]
+                weights = None if stream is None else counted_positions(batch, x[stream], len(rows[0]))
+                samples[consumer].add(number, len(dense), *rows, how.products, weights)
         for consumer in work:
             _fit(program, site, kept[consumer.node], consumer, samples[consumer], how, result)
     for name, weight in masked.items():
@@ -247,3 +254,11 @@ def counted_rows(consumer: Consumer, batch: Batch, value: torch.Tensor) -> torch
     elif unflattened(consumer) is not None and isinstance(known := batch.get("attention_mask"), torch.Tensor):
         mask = position_mask(batch, known.shape, inside=True) if known.dim() == 2 else None
     return rows[mask.reshape(-1) != 0] if mask is not None and mask.numel() == len(rows) else rows
+
+
+def counted_positions(batch: Batch, stream: torch.Tensor, count: int) -> torch.Tensor | None:
+    """The weights of the ``count`` positions that count (`norm_metric.position_weights`); None if they are others."""
+    mask = position_mask(batch, stream.shape[:-1], inside=True) if stream.dim() == 3 else None
+    rows = stream.reshape(-1, stream.shape[-1])
+    rows = rows if mask is None else rows[mask.reshape(-1) != 0]
+    return position_weights(rows) if len(rows) == count else None

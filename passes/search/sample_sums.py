@@ -6,7 +6,7 @@ on its own data and useless elsewhere. So each half of the data judges fits on t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -22,25 +22,27 @@ class Sums:
     """What is known of a consumer's inputs, in float64; sums over rows, so that batches (and workers) add up.
 
     Attributes:
-        count: rows.
+        count: rows, or the sum of their weights.
         now, before: [in], sums of ``z`` and of ``x``.
         gram: [in, in], sum of ``z^T z``; None where only means are needed.
         cross: [in, in], sum of ``z^T x``.
     """
 
-    count: int = 0
+    count: float = 0
     now: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
     before: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
     gram: torch.Tensor | None = None
     cross: torch.Tensor | None = None
 
-    def add(self, z: torch.Tensor, x: torch.Tensor, products: bool) -> None:
-        """Add rows [rows, in] of both flows."""
+    def add(self, z: torch.Tensor, x: torch.Tensor, products: bool, weights: torch.Tensor | None = None) -> None:
+        """Add rows [rows, in] of both flows, each counting once, or as much as its weight says."""
         z, x = z.double(), x.double()
-        self.count += len(z)
-        self.now, self.before = self.now + z.sum(0), self.before + x.sum(0)
+        counted = torch.ones(len(z), dtype=torch.float64) if weights is None else weights.double()
+        self.count += float(counted.sum())
+        self.now, self.before = self.now + counted @ z, self.before + counted @ x
         if products:
-            gram, cross = z.T @ z, z.T @ x
+            weighted = z if weights is None else z * counted[:, None]
+            gram, cross = weighted.T @ z, weighted.T @ x
             self.gram = gram if self.gram is None else self.gram + gram
             self.cross = cross if self.cross is None else self.cross + cross
 
@@ -69,14 +71,22 @@ class Samples:
 
     halves: tuple[Sums, Sums] = field(default_factory=lambda: (Sums(), Sums()))
 
-    def add(self, number: int, batches: int, z: torch.Tensor, x: torch.Tensor, products: bool) -> None:
-        """Add rows [rows, in] of both flows of batch ``number`` out of ``batches``."""
+    def add(
+        self,
+        number: int,
+        batches: int,
+        z: torch.Tensor,
+        x: torch.Tensor,
+        products: bool,
+        weights: torch.Tensor | None = None,
+    ) -> None:
+        """Add rows [rows, in] of both flows of batch ``number`` out of ``batches``; see `Sums.add`."""
         if batches > 1:
-            self.halves[number % 2].add(z, x, products)
+            self.halves[number % 2].add(z, x, products, weights)
             return
         middle = len(z) // 2
-        self.halves[0].add(z[:middle], x[:middle], products)
-        self.halves[1].add(z[middle:], x[middle:], products)
+        for half, part in zip(self.halves, (slice(None, middle), slice(middle, None)), strict=True):
+            half.add(z[part], x[part], products, None if weights is None else weights[part])
 
     @property
     def all(self) -> Sums:
@@ -84,21 +94,27 @@ class Samples:
         return self.halves[0] + self.halves[1]
 
 
-def chosen_damping(samples: Samples, weight: torch.Tensor, fit: Callable[[Sums, float], Compensated]) -> float:
+def chosen_damping(
+    samples: Samples,
+    weight: torch.Tensor,
+    fit: Callable[[Sums, float], Compensated],
+    dampings: Sequence[float] = DAMPINGS,
+) -> float:
     """The damping whose fits on each half do best on the other.
 
     Args:
         samples: sums with products.
         weight: [out, in] of the unchanged layer, whose output ``W x`` is wanted.
         fit: the fit on some sums with some damping.
+        dampings: what is tried, ascending.
     """
     if not all(half.count for half in samples.halves):
-        return DAMPINGS[1]
+        return dampings[min(1, len(dampings) - 1)]
     errors = {
         damping: sum(_error(fit(one, damping), weight, other) for one, other in (samples.halves, samples.halves[::-1]))
-        for damping in DAMPINGS
+        for damping in dampings
     }
-    return min(DAMPINGS, key=lambda damping: (errors[damping], damping))
+    return min(dampings, key=lambda damping: (errors[damping], damping))
 
 
 def _error(fitted: Compensated, weight: torch.Tensor, sums: Sums) -> float:

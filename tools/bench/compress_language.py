@@ -30,6 +30,11 @@ class Language(Subject):
     def load_module(self) -> torch.nn.Module:
         """The causal language model."""
         module = build(self.case.model)
+        # Its numbers are plain floats by now; tools that see how the file was quantised refuse it.
+        for owner in (module, module.config):
+            for name in ("quantization_config", "hf_quantizer", "quantization_method", "is_quantized"):
+                if name in vars(owner):
+                    delattr(owner, name)
         if self.case.layers is not None:
             stack = module.get_submodule("model")
             stack.register_module("layers", module.get_submodule("model.layers")[: self.case.layers])  # type: ignore[index]

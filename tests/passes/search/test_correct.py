@@ -19,6 +19,7 @@ from graphlathe.ir.verify import verify
 from graphlathe.passes.base import Context
 from graphlathe.passes.fidelity import output_distance
 from graphlathe.passes.manager import PassManager
+from graphlathe.passes.search import correct as correct_module
 from graphlathe.passes.search.apply import apply_plan
 from graphlathe.passes.search.correct import correct, correction_size, runs_of
 from graphlathe.passes.search.plan import Decision, Plan
@@ -46,6 +47,7 @@ class Block(nn.Module):
 class Stack(nn.Module):
     def __init__(self) -> None:
         super().__init__()
+        self.scale = nn.Parameter(torch.ones(WIDTH))  # of the norm that the last block reads
         self.first = nn.Linear(WIDTH, WIDTH)
         self.blocks = nn.ModuleList(Block(linear=number == 1) for number in range(4))
         self.head = nn.Linear(WIDTH, CLASSES)
@@ -54,7 +56,7 @@ class Stack(nn.Module):
         x = self.first(x)
         for block in self.blocks:
             x = block(x)
-        return self.head(x)
+        return self.head(torch.nn.functional.rms_norm(x, (WIDTH,), self.scale, 1e-6))
 
 
 def stack() -> tuple[Program, list[dict[str, torch.Tensor]]]:
@@ -86,32 +88,36 @@ def test_a_block_that_is_such_a_map_is_found_again() -> None:
     assert distance(dropped(program, batches, [1], 1), program, batches) > 1e-3 * plain  # one dimension is not enough
 
 
-def test_the_map_is_the_reduced_rank_regression() -> None:
+def test_the_map_is_the_reduced_rank_regression(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of inputs of variance one, with errors that count as in the norm that reads the stream (here with weights)."""
+    monkeypatch.setattr(correct_module, "DAMPINGS", (0.01,))
     program, batches = stack()
-    after = dropped(program, batches, [2], 3)
-    unit = removable_units(structure(program), "block")[2]
+    after = dropped(program, batches, [3], 3)
+    unit = removable_units(structure(program), "block")[3]
     rows: list[tuple[torch.Tensor, torch.Tensor]] = []
     for batch in batches:
         seen: dict[str, torch.Tensor] = {}
         program.run(batch, observe=lambda node, value, seen=seen: seen.__setitem__(node.name, value))
         rows.append((seen[unit.by.name].flatten(0, 1), seen[unit.replaced.name].flatten(0, 1)))
     x, y = (torch.cat([pair[i] for pair in rows]).numpy() for i in (0, 1))
-    wanted = y - x
-    x = x / np.sqrt((x**2).mean(1, keepdims=True) + 1e-6)
-    mean_x, mean_y = x.mean(0), wanted.mean(0)
-    cx, cy = x - mean_x, wanted - mean_y
-    gram = cx.T @ cx / len(x)
-    ridge = gram + 0.01 * np.trace(gram) / WIDTH * np.eye(WIDTH)
-    full = np.linalg.solve(ridge, cx.T @ cy / len(x)).T
-    root = np.linalg.cholesky(ridge)
-    u = np.linalg.svd(full @ root)[0][:, :3]
-    best = u @ u.T @ full
+    scale = np.abs(next(w for name, w in program.weights.items() if "scale" in name).tensor().numpy())
+    counts = 1 / ((y**2).mean(1) + 1e-6)
+    x, wanted = x / np.sqrt((x**2).mean(1, keepdims=True) + 1e-6), (y - x) * scale
+    mean_x, mean_y = np.average(x, 0, counts), np.average(wanted, 0, counts)
+    variance = np.average((x - mean_x) ** 2, 0, counts)
+    # Weighted rows, standardised columns, and 12 more rows for the ridge.
+    root = np.sqrt(counts / counts.sum())[:, None]
+    left = np.concatenate([root * (x - mean_x) / np.sqrt(variance), np.sqrt(0.01) * np.eye(WIDTH)])
+    right = np.concatenate([root * (wanted - mean_y), np.zeros((WIDTH, WIDTH))])
+    full = np.linalg.lstsq(left, right, rcond=None)[0]
+    v = np.linalg.svd(left @ full)[2][:3]  # the best predictions of rank 3 lie in these directions
+    best = (full @ v.T @ v / np.sqrt(variance)[:, None]).T / scale[:, None]
     new = {
         name.rpartition("in_place.")[2]: w.tensor().numpy() for name, w in after.weights.items() if "in_place" in name
     }
     assert new["up.weight"].shape == (WIDTH, 3)
     np.testing.assert_allclose(new["up.weight"] @ new["down.weight"], best, atol=1e-9)
-    np.testing.assert_allclose(new["up.bias"], mean_y - best @ mean_x, atol=1e-9)
+    np.testing.assert_allclose(new["up.bias"], mean_y / scale - best @ mean_x, atol=1e-9)
 
 
 def test_neighbours_get_one_map_and_others_their_own() -> None:
