@@ -100,7 +100,7 @@ class Candidates:
                     self._put((batch, self._position[node], self._prefix(state, node)), value)
 
         outputs = seeded(lambda: view.run(feeds, observe=observe, given=given, alias=trial.alias))
-        self.tokens += _positions(feeds) * ran / max(self._operators, 1)
+        self.tokens += positions(feeds) * ran / max(self._operators, 1)
         return outputs
 
     def _cut_and_run(self, trial: Trial, counted: Sequence[Level], feeds: Batch) -> Mapping[str, Any]:
@@ -110,7 +110,7 @@ class Candidates:
         program.weights = {**program.weights, **trial.weights}
         alias = {names[a.name]: names[b.name] for a, b in trial.alias.items()}
         cut_sites(program, [(level.site, level.removed) for level in counted if level.site], Context(), "candidate")
-        self.tokens += _positions(feeds)
+        self.tokens += positions(feeds)
         return seeded(lambda: program.run(feeds, alias=alias))
 
     def _prefix(self, state: State, node: fx.Node) -> State:
@@ -149,7 +149,7 @@ def _must_be_cut(level: Level) -> bool:
     return level.site is not None and bool(level.count) and not level.site.group.zeroable
 
 
-def _positions(feeds: Batch) -> int:
+def positions(feeds: Batch) -> int:
     """How many positions a batch has: [batch, tokens] ids, else the number of examples."""
     sizes = [v for v in feeds.values() if isinstance(v, torch.Tensor) and v.dim()]
     tokens = [v.numel() for v in sizes if v.dim() == 2 and not v.is_floating_point()]

@@ -98,6 +98,23 @@ class TestGoals:
         assert only_value(found, "share of the MACs") == pytest.approx(0.1)
         assert not Method("c", "x", "m:f").fits("minilm-l6", level), "the other tools are not asked"
 
+    def test_half_of_the_blocks(self) -> None:
+        """Narrower blocks, as a share of the dense model's quality, and against whole ones that were dropped."""
+        level = Level("half", 0.0, count=3, params=100, peers=False)
+        rows = [
+            measured("ours", label, {**row(None, 99), "retrieval_at_1": value}, level, arguments={"pipeline": pipeline})
+            for label, value, pipeline in (
+                ("narrow", 0.46, "shrp{width=8}"),
+                ("whole", 0.4, "shortgpt{blocks=3},distill"),
+            )
+        ]
+        base = {**BASE, "model": "minilm-l6", "retrieval_at_1": 0.5}
+        kept, more = goals_of("minilm-l6", base, rows)[:2]
+        assert kept.value == pytest.approx(0.92) and not kept.met
+        assert more.value == pytest.approx(0.12) and more.met
+        alone, _ = goals_of("minilm-l6", base, rows[1:])[:2]
+        assert not alone.met, "nothing was measured"
+
 
 PARTS = [
     Part(

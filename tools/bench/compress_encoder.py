@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -71,9 +72,13 @@ class Encoder(Subject):
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def calibration(self) -> list[Feeds]:
-        """Paragraphs of the first domain's calibration slice."""
+        """Paragraphs of the first domain's calibration slice, and of every second one only the first sentence.
+
+        A sentence encoder is asked about short texts, too: here about titles.
+        """
         paragraphs = self._corpus.slice(next(iter(self._corpus.domains)), "calibration").split("\n\n")
-        return [self.feeds(text) for text in spread(paragraphs, self.case.calibration, "paragraphs")]
+        chosen = spread(paragraphs, self.case.calibration, "paragraphs")
+        return [self.feeds(text if index % 2 else first_sentence(text)) for index, text in enumerate(chosen)]
 
     def _pairs(self) -> tuple[list[Feeds], list[Feeds]]:
         """Queries and documents: titles and paragraphs, or (without sections) the two halves of paragraphs."""
@@ -115,3 +120,8 @@ class Encoder(Subject):
             "spearman": spearman(pairwise_cosines(mine), pairwise_cosines(theirs)),
             "cosine_to_dense": float(cosines.sum(axis=1).mean()),
         }
+
+
+def first_sentence(text: str) -> str:
+    """A text up to the end of its first sentence."""
+    return re.split(r"(?<=[.!?])\s", text, maxsplit=1)[0]

@@ -20,6 +20,8 @@ LATENCY_SHARE = 0.9
 """Least fall of the latency, over that of multiply-adds."""
 RECOVERED = 0.5
 """Least share of the lost quality that training brings back, on a domain that it did not see."""
+HALVED = 0.93
+"""Least share of the dense model's quality that is kept, with training, where half of its blocks' parameters go."""
 THROUGHPUT = 4.0
 """Least throughput, times the dense model's, at a level that is about speed and not about the other tools."""
 
@@ -55,7 +57,7 @@ def goals_of(model: str, base: Row, rows: Sequence[Measured]) -> list[Goal]:
         here = [(method, level, row) for method, at, row in rows if at == level and row["state"] == "ok"]
         where = f"{model}, {level.name}"
         if not level.peers:
-            goals += _extreme_goals(where, level, base, here)
+            goals += (_extreme_goals if level.macs else _half_goals)(where, level, base, here)
         else:
             goals += _peer_goals(where, level, here, scores)
         goals += _latency_goals(where, base, here)
@@ -138,6 +140,20 @@ def _extreme_goals(where: str, level: Level, base: Row, rows: Sequence[Measured]
     return [
         Goal(f"{where}: throughput, times the dense model's", max(speeds, default=math.nan), THROUGHPUT, at_least=True),
         Goal(f"{where}: share of the MACs that is kept", min(shares, default=math.nan), level.macs / base["macs"]),
+    ]
+
+
+def _half_goals(where: str, level: Level, base: Row, rows: Sequence[Measured]) -> list[Goal]:
+    """What narrower blocks keep of the dense model's quality, and how that compares with fewer whole ones."""
+    score = scores_of(base["model"])[-1]
+    kept = {True: math.nan, False: math.nan}
+    for method, _, row in rows:
+        whole = "blocks=" in method.arguments["pipeline"]
+        if cost_of(method, level, row) <= limit_of(level) * (1 + tolerance_of(level)):
+            kept[whole] = _value(row, score) / _value(base, score)
+    return [
+        Goal(f"{where}: share of the dense model's {score.column}", kept[False], HALVED, at_least=True),
+        Goal(f"{where}: the same, less that with whole blocks dropped", kept[False] - kept[True], 0.0, at_least=True),
     ]
 
 

@@ -95,7 +95,7 @@ def ours(label: str, pipeline: str, **more: Any) -> Method:
 
 GROUPS, QUERIES = "a third of the key-value groups", "a third of each group's query heads"
 BY_PARAMETERS, BY_TIME = "80% of the parameters", "80% of the milliseconds"
-BY_SPEED = "at most 15% of the MACs"
+BY_SPEED, BY_BLOCKS = "at most 15% of the MACs", "48% fewer parameters in the blocks"
 FIFTH, QUARTER = ("6 of 30 blocks", "1 of 6 blocks"), "25% of the neurons"
 """Levels that only some methods are for."""
 
@@ -212,6 +212,21 @@ OURS: dict[str, tuple[Method, ...]] = {
             "canonicalize,shrp{stage=expand heads=1 width=384}",
             models=_ENCODER,
             levels=(BY_SPEED,),
+            trained=True,
+        ),
+        ours(
+            "SHRP that reads the stream, distilled",
+            "canonicalize,shrp{stage=expand reads=stream heads=6 width=811 steps=600 learning_rate=0.0003"
+            " batches_per_step=8}",
+            models=_ENCODER,
+            levels=(BY_BLOCKS,),
+            trained=True,
+        ),
+        ours(
+            "ShortGPT, window, distilled",
+            "canonicalize,shortgpt{blocks=$count window},distill{steps=600 learning_rate=0.0003 batches_per_step=8}",
+            models=_ENCODER,
+            levels=(BY_BLOCKS,),
             trained=True,
         ),
     ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .compress_subject import Case
 
 SMOLLM2 = Case("smollm2-135m", window=256, calibration=64, test=24)
-MINILM = Case("minilm-l6", window=256, calibration=256, test=240)
+MINILM = Case("minilm-l6", window=256, calibration=768, test=240)
 LITE0 = Case("efficientnet-lite0", calibration=64, test=200)
 
 QUICK_SMOLLM2 = Case("smollm2-135m", layers=4, window=64, calibration=2, test=2, lengths=(1, 16, 64), rounds=3)
