@@ -151,6 +151,12 @@ _BRANCHES = ours(
     f"canonicalize,{_MEASURED.format(_EVERYTHING)}",
     levels=(BY_PARAMETERS,),
 )
+_ZEROS = ours(
+    "EvoPress, sparsity",
+    "canonicalize,evopress{mode=sparsity target=$params levels=8 generations=30 offspring=8 survivors=3 small=1 large=6}",
+    models=_LANGUAGE,
+    sparse=True,
+)
 _CHANNELS = ours(
     "optimal compensation, least squares",
     "canonicalize,fold-batchnorm,compress{sites=channels target=$params score=optimal-compensation}",
@@ -174,6 +180,7 @@ OURS: dict[str, tuple[Method, ...]] = {
         _LEAST_SQUARES,
         *_distilled(_LEAST_SQUARES, QUARTER),
         ours("Tyr", "canonicalize,tyr{sites=mlp target=$params generations=16 offspring=8 iterations=2 large=6}"),
+        _ZEROS,
     ),
     "compress-heads": (
         ours("FLAP", "canonicalize,flap{sites=heads target=$params}", levels=(GROUPS,)),
@@ -184,6 +191,7 @@ OURS: dict[str, tuple[Method, ...]] = {
         ),
         ours("FLAP, query heads", "canonicalize,flap{sites=query-heads target=$params}", levels=(QUERIES,)),
         ours("measured levels, query heads", f"canonicalize,{_MEASURED.format('query-heads')}", levels=(QUERIES,)),
+        _ZEROS,
     ),
     "compress-combined": (
         _BRANCHES,
@@ -196,6 +204,7 @@ OURS: dict[str, tuple[Method, ...]] = {
         ),
         _ANYTHING,
         _with_rank(_ANYTHING, 128),
+        replace(_ZEROS, levels=(BY_PARAMETERS,)),
         ours(
             "measured levels, milliseconds",
             f"canonicalize,compress{{sites={_EVERYTHING} target=$ms budget=ms allocator=knapsack"
