@@ -98,6 +98,17 @@ class TestGoals:
         assert only_value(found, "share of the MACs") == pytest.approx(0.1)
         assert not Method("c", "x", "m:f").fits("minilm-l6", level), "the other tools are not asked"
 
+    def test_zeros_in_place_are_a_league_of_their_own_too(self) -> None:
+        """Ours with zeros counts against all; without, against those whose matrices get smaller."""
+        found = goals(
+            measured("ours", "cut", row(30.0, 100)),
+            measured("ours", "zeros", row(10.0, 120, nonzeros=100), sparse=True),
+            measured("x", "cut", row(40.0, 100)),
+            measured("y", "zeros", row(12.0, 120, nonzeros=100), sparse=True),
+        )
+        assert only_value(found, "20%: ppl_faq over the best of the others (zeros; zeros)") == pytest.approx(10 / 12)
+        assert only_value(found, "smaller matrices only: ppl_faq over") == pytest.approx(30 / 40)
+
     def test_half_of_the_blocks(self) -> None:
         """Narrower blocks, as a share of the dense model's quality, and against whole ones that were dropped."""
         level = Level("half", 0.0, count=3, params=100, peers=False)

@@ -60,6 +60,9 @@ def goals_of(model: str, base: Row, rows: Sequence[Measured]) -> list[Goal]:
             goals += (_extreme_goals if level.macs else _half_goals)(where, level, base, here)
         else:
             goals += _peer_goals(where, level, here, scores)
+            smaller = [each for each in here if not each[0].sparse]
+            if len(smaller) < len(here):
+                goals += _peer_goals(f"{where}, smaller matrices only", level, smaller, scores)
         goals += _latency_goals(where, base, here)
         goals += _recovery_goals(where, base, here, scores)
     return goals

@@ -153,7 +153,7 @@ _BRANCHES = ours(
 )
 _ZEROS = ours(
     "EvoPress, sparsity",
-    "canonicalize,evopress{mode=sparsity target=$params levels=8 generations=30 offspring=8 survivors=3 small=1 large=6}",
+    "canonicalize,evopress{mode=sparsity target=$params levels=8 generations=30 offspring=8 small=1 large=6}",
     models=_LANGUAGE,
     sparse=True,
 )
