@@ -19,6 +19,7 @@ from graphlathe.passes.search.plan import Decision, Plan
 from graphlathe.passes.search.recipe import ALLOCATORS
 from graphlathe.passes.search.scores import CHANNEL_SCORES
 from graphlathe.passes.search.sites import KINDS
+from graphlathe.tools.bench.markdown import records
 from graphlathe.tools.cli import app
 
 TEXT = (Path(__file__).parents[2] / "docs" / "compression.md").read_text(encoding="utf-8")
@@ -97,3 +98,13 @@ def test_the_plan_has_the_fields_of_a_plan() -> None:
     assert set(data) == set(real)
     assert set(data["sites"][0]) == set(real["sites"][0])
     assert plan.decisions[0].removed == (3, 17)
+
+
+def test_results_are_those_of_the_records() -> None:
+    """docs/compression-results.md is what the command prints of the records in this repository."""
+    folder = Path(__file__).parents[2]
+    paths = sorted((folder / "benchmarks" / "results").glob("compress-*.json"))
+    text = (folder / "docs" / "compression-results.md").read_text(encoding="utf-8")
+    assert paths and text.endswith(records(paths)), (
+        "append the output of `graphlathe bench --markdown` with each of benchmarks/results/compress-*.json"
+    )

@@ -131,7 +131,7 @@ def _recovery_goals(where: str, base: Row, rows: Sequence[Measured], scores: Seq
             before = _value(plain.get(method.restores, {}), score)
             lost = before - _value(base, score)
             value = (before - _value(row, score)) / lost if lost else math.nan
-            name = f"{where}: share of the lost {score.column} that '{method.label}' brings back"
+            name = f"{where}: share of the {score.column} lost by '{method.restores}' that '{method.label}' brings back"
             goals.append(Goal(name, value, RECOVERED, at_least=True))
     return goals
 

@@ -104,7 +104,7 @@ _LANGUAGE, _ENCODER, _PHOTOS = ("smollm2-135m",), ("minilm-l6",), ("efficientnet
 _EVERYTHING = "mlp,heads,drop-attention,drop-mlp"
 
 _DISTILL = {
-    _LANGUAGE: "distill{steps=300 learning_rate=0.0001}",
+    _LANGUAGE: "distill{steps=400 learning_rate=0.0001}",
     _ENCODER: "distill{steps=300 learning_rate=0.0002 batches_per_step=8}",
     _PHOTOS: "distill{steps=300 learning_rate=0.0001}",
 }
@@ -113,8 +113,11 @@ _SEARCH = "generations=64 offspring=8 survivors=3 small=1 large=6 confidence=0.5
 _EVOPRESS = f"canonicalize,evopress{{target=$params rank=$rank {_SEARCH}}}"
 
 
-def _distilled(plain: Method, *levels: str) -> tuple[Method, ...]:
-    """A method with short distillation, at some levels (none: at all of its own): one for every subject."""
+def _distilled(plain: Method, *levels: str, of: Method | None = None) -> tuple[Method, ...]:
+    """A method with short distillation, at some levels (none: at all of its own): one for every subject.
+
+    What it is to win back is what ``of`` lost: the same removal with nothing done about it; by default its own loss.
+    """
     found = []
     for models, text in _DISTILL.items():
         if not plain.models or set(models) & set(plain.models):
@@ -124,7 +127,7 @@ def _distilled(plain: Method, *levels: str) -> tuple[Method, ...]:
                     plain,
                     label=label,
                     arguments=arguments,
-                    restores=plain.label,
+                    restores=(of or plain).label,
                     trained=True,
                     models=models,
                     levels=levels or plain.levels,
@@ -172,7 +175,7 @@ OURS: dict[str, tuple[Method, ...]] = {
         _with_rank(_WINDOW, 128),
         _DEPTH,
         _with_rank(_DEPTH, 128),
-        *_distilled(_with_rank(_DEPTH, 128), *FIFTH),
+        *_distilled(_with_rank(_DEPTH, 128), *FIFTH, of=_DEPTH),
     ),
     "compress-width": (
         ours("FLAP", "canonicalize,flap{sites=mlp ratio=$ratio}"),

@@ -28,7 +28,7 @@ from .machine import commit
 from .measure import measure_in_subprocess
 
 STEP_TIMEOUT = 6 * 3600.0
-_ONLY_RECORDED = ("recipe", "commit", "pipeline", "dense_")
+_ONLY_RECORDED = ("recipe", "commit", "pipeline", "dense_", "rejected_rounds", "search_seconds")
 """Starts of the columns that the JSON has and the table has not: the paired times of the dense model serve ratios."""
 _THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
@@ -59,7 +59,6 @@ def run_parts(suite: str, parts: Sequence[Part], context: Run) -> Result:
         for part in parts:
             case = replace(part.quick if context.quick else part.case, peers=str(folder), work=work)
             _run_part(suite, part, case, Path(work), context, result)
-    result.hidden = frozenset(key for row in result.rows for key in row if key.startswith(_ONLY_RECORDED))
     result.notes += [
         "one thread; times are medians of processor time over rounds that were undisturbed (wall / processor <= 1.3)",
         "search units: the work of the search over that of one token (or image) in the dense model; ours include the "
@@ -119,6 +118,7 @@ def _run_part(suite: str, part: Part, case: Case, work: Path, context: Run, resu
                 row |= {} if math.isnan(share) else {"latency_over_macs": share}
             rows.append((method, level, row))
             result.rows.append(row)
+            result.hidden = frozenset(key for each in result.rows for key in each if key.startswith(_ONLY_RECORDED))
             context.save(result)
             if row.get("pipeline"):
                 result.notes.append(f"{name} = {row['pipeline']}")

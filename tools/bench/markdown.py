@@ -60,6 +60,8 @@ def _table(rows: Sequence[Row], hidden: frozenset[str]) -> list[str]:
 
 
 def _cell(column: str, value: Any) -> str:
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1e6 and not column.endswith("bytes"):
+        return f"{value / 1e9:.3g} G" if value >= 1e9 else f"{value / 1e6:.4g} M"
     return cell(column, value).replace("|", "\\|")
 
 
