@@ -206,6 +206,22 @@ class TestProtocol:
         run_parts("compress-depth", other, Run(known=rows))
         assert asked.count("evaluate") == 3, "another seed is another measurement"
 
+    def test_nothing_is_lost_where_only_some_is_measured(self, asked: list[str]) -> None:
+        """Rows that are not chosen stay, those of other models and failed ones too, and are in every saved record."""
+        first = run_parts("compress-depth", PARTS, Run())
+        saved: list[list[str]] = []
+
+        def save(result: Result) -> None:
+            saved.append([r["recipe"] for r in result.rows])
+
+        everything = [r["recipe"] for r in first.rows]
+        asked.clear()
+        other = run_parts("compress-depth", PARTS, Run(only="minilm-l6, 1", known=first.rows, save=save))
+        assert other.rows == first.rows and other.goals == first.goals and asked == ["write_dense"]
+        again = run_parts("compress-depth", PARTS, Run(only="two, x: theirs", known=first.rows, save=save))
+        assert again.rows == first.rows and asked == ["write_dense", "write_dense", "broken"]
+        assert len(saved) == 8 and all(set(each) == set(everything) for each in saved)
+
     def test_a_part_is_skipped_only_for_another_model(self, asked: list[str]) -> None:
         assert not run_parts("compress-depth", PARTS, Run(only="minilm-l6, 1 of 6 blocks")).rows and not asked
         assert len(run_parts("compress-depth", PARTS, Run(only="smollm2-135m, two")).rows) == 3

@@ -84,7 +84,8 @@ def _one_thread() -> Generator[None]:
 
 def _run_part(suite: str, part: Part, case: Case, work: Path, context: Run, result: Result) -> None:
     methods = [*OURS[suite], *peers_of(suite)]
-    if context.only and _names_another(context.only, case.model):
+    earlier = {row["recipe"]: row for row in context.known if row.get("recipe") and row.get("model") == case.model}
+    if context.only and _names_another(context.only, case.model) and not earlier:
         return
     context.say(f"{case.model}: the dense model")
     dense = work / f"{case.model}-dense.onnx"
@@ -94,8 +95,7 @@ def _run_part(suite: str, part: Part, case: Case, work: Path, context: Run, resu
     facts: dict[str, Any] = written.result
     if facts["source"]:
         result.notes.append(f"{case.model}: text from {facts['source']}")
-    known = {row["recipe"]: row for row in context.known if row.get("recipe") and row["state"] == "ok"}
-    base = known.get(recipe := _recipe(case))
+    base = earlier.get(recipe := _recipe(case))
     if base is None:
         head = {"model": case.model, "level": "dense", "method": "-", "by": "-", "state": "ok"}
         base = head | _measured(case, dense, dense) | {"recipe": recipe, "commit": commit()}
@@ -108,10 +108,10 @@ def _run_part(suite: str, part: Part, case: Case, work: Path, context: Run, resu
             recipe = _recipe(case, method, level)
             if not method.fits(case.model, level):
                 continue
-            row = known.get(recipe)
-            if row is None:
-                if context.only and context.only not in name:
-                    continue
+            row, chosen = earlier.get(recipe), not context.only or context.only in name
+            if row is None and not chosen:
+                continue
+            if row is None or (chosen and row["state"] != "ok"):
                 context.say(name)
                 row = run_method(method, level, case, dense, work) | {"recipe": recipe, "commit": commit()}
                 share = latency_over_macs(row, base)
@@ -119,10 +119,16 @@ def _run_part(suite: str, part: Part, case: Case, work: Path, context: Run, resu
             rows.append((method, level, row))
             result.rows.append(row)
             result.hidden = frozenset(key for each in result.rows for key in each if key.startswith(_ONLY_RECORDED))
-            context.save(result)
+            context.save(_with_rest(result, context.known))
             if row.get("pipeline"):
                 result.notes.append(f"{name} = {row['pipeline']}")
     result.goals += goals_of(case.model, base, rows)
+
+
+def _with_rest(result: Result, known: Sequence[Row]) -> Result:
+    """What there is so far, and the earlier rows that have not had their turn: a run that is stopped loses none."""
+    seen = {row.get("recipe") for row in result.rows}
+    return replace(result, rows=[*result.rows, *(row for row in known if row.get("recipe") not in seen)])
 
 
 def _names_another(only: str, model: str) -> bool:
