@@ -49,11 +49,13 @@ class Method:
         fit: ``(weight [out, in], kept columns, unit of each column, sums, damping) -> Compensated``.
         products: whether it needs Gram matrices; means alone otherwise.
         bias: whether it adds to the consumers' biases.
+        weighted: whether positions count as much as the norm after the consumer lets through.
     """
 
     fit: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Sums, float], Compensated]
     products: bool
     bias: bool
+    weighted: bool = False
 
 
 def _bias(weight: torch.Tensor, kept: torch.Tensor, units: torch.Tensor, sums: Sums, damping: float) -> Compensated:
@@ -94,7 +96,7 @@ def _mask_tuning(
 
 METHODS: dict[str, Method] = {
     "bias": Method(_bias, products=False, bias=True),
-    "least-squares": Method(_least_squares, products=True, bias=True),
+    "least-squares": Method(_least_squares, products=True, bias=True, weighted=True),
     "mask-tuning": Method(_mask_tuning, products=True, bias=True),
 }
 """Compensations by name; ``none`` needs no walk."""
@@ -144,7 +146,7 @@ def refit(
             f"the compensation '{method}' needs calibration data", remedy="pass calibration= (or --calibration FILE)"
         )
     how, result = METHODS[method], Refit()
-    norms = Norms(program) if how.products else None
+    norms = Norms(program) if how.weighted else None
     cuts = sorted(((site, removed) for site, removed in cuts if removed), key=lambda cut: cut[0].first)
     masked = combined(program, (zeroed(program, site, removed) for site, removed in cuts))
     kept = _kept_columns(cuts)

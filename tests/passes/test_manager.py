@@ -170,6 +170,15 @@ def test_drift_without_calibration_uses_the_examples_or_says_that_there_is_nothi
     assert "drift not measured: no calibration data or example inputs" in str(report)
 
 
+def test_drift_on_some_of_the_data_or_on_none(program: Program) -> None:
+    _, report = run(program, Approximate(factor=2.0), calibration=BATCHES, drift_batches=1)
+    assert report.rows[0].drift is not None and report.rows[0].drift.batches == 1
+    _, report = run(program, Approximate(factor=2.0), calibration=BATCHES, drift_batches=9)
+    assert report.rows[0].drift is not None and report.rows[0].drift.batches == 2
+    _, report = run(program, Approximate(factor=2.0), calibration=BATCHES, drift_batches=0)
+    assert report.rows[0].drift is None and "drift not measured: switched off" in str(report)
+
+
 @pytest.mark.parametrize(
     ("budget", "kept"),
     [({"relative": 4.0}, True), ({"relative": 1.0}, False), ({"top1": 0.9}, True), ({"drift": 0.0}, False)],

@@ -282,3 +282,12 @@ def test_outputs_are_the_callers_to_write_into(backend: str | None) -> None:
         output.add_(index + 1)
     assert torch.equal(x, X) and bool((model.w == 1).all())
     assert all(torch.equal(o, e + (i + 1)) for i, (o, e) in enumerate(zip(outputs, expected, strict=True)))
+
+
+@pytest.mark.parametrize(
+    ("count", "budget", "expected"), [(-1, None, "at least 0"), (0, {"drift": 1.0}, "at least 1 with a budget")]
+)
+def test_drift_batches_that_make_no_sense(count: int, budget: dict[str, float] | None, expected: str) -> None:
+    with pytest.raises(gl.InputError, match=f"drift_batches is {count}") as caught:
+        gl.optimize(Net(), passes="canonicalize", drift_batches=count, budget=budget)
+    assert caught.value.expected == expected

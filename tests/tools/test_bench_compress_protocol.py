@@ -201,6 +201,10 @@ class TestProtocol:
         again = run_parts("compress-depth", PARTS, Run(known=rows))
         assert asked == ["write_dense", "broken", "broken"]
         assert again.rows == first.rows and again.goals == first.goals
+        asked.clear()
+        rows[1]["T2_seconds"] = None
+        run_parts("compress-depth", PARTS, Run(known=rows, only="one, ours: mine"))
+        assert asked == ["write_dense", "made", "evaluate"], "a time that was disturbed is taken again"
         other = [Part(Case("smollm2-135m", seed=1), Case("smollm2-135m"), PARTS[0].levels)]
         asked.clear()
         run_parts("compress-depth", other, Run(known=rows))

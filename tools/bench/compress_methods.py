@@ -228,7 +228,7 @@ OURS: dict[str, tuple[Method, ...]] = {
         ),
         ours(
             "SHRP that reads the stream, distilled",
-            "canonicalize,shrp{stage=expand reads=stream heads=8 width=683 steps=600 learning_rate=0.0003"
+            "canonicalize,shrp{stage=expand reads=stream heads=8 width=672 steps=600 learning_rate=0.0003"
             " batches_per_step=8}",
             models=_ENCODER,
             levels=(BY_BLOCKS,),

@@ -15,12 +15,14 @@ from graphlathe.ir.program import Program
 from graphlathe.ir.verify import verify
 from graphlathe.passes.base import Context, Stats
 from graphlathe.passes.search.allocators.global_threshold import global_threshold
+from graphlathe.passes.search.candidates import Candidates
 from graphlathe.passes.search.choose import compress
 from graphlathe.passes.search.measured import measured
 from graphlathe.passes.search.place_table import Table
 from graphlathe.passes.search.plan import Plan
 from graphlathe.passes.search.recipe import Recipe, table_of
 from graphlathe.passes.search.widths import width_place
+from tests.passes.search.small_models import batch as sample
 from tests.passes.search.small_models import context, meter_of, sites_of
 from tests.zoo_programs import traced
 
@@ -183,6 +185,21 @@ def test_a_branch_is_cut_or_dropped_never_both() -> None:
         plan.changes
     )
     assert program.parameter_count <= plan.budget["limit"]
+
+
+def test_levels_are_tried_on_enough_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many batches as it takes, and no more."""
+    batch = sample("llama")
+    size = next(iter(batch.values())).numel()
+    recipe = replace(BASE, kinds=("mlp",), steps=2)
+    table = table_of(traced("llama"), recipe, context("llama"))
+    for wanted, batches in ((1, 1), (size, 1), (size + 1, 2), (100 * size, 3)):
+        monkeypatch.setattr("graphlathe.passes.search.measured.POSITIONS", wanted)
+        used: list[int] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(Candidates, "__call__", lambda self, state, batch, used=used: used.append(batch) or 1.0)
+            measured(traced("llama"), table, Context(calibration=[batch] * 3), every=True)
+        assert set(used) == set(range(batches))
 
 
 def test_measuring_needs_data() -> None:
