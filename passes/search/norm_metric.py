@@ -49,6 +49,8 @@ class Norms:
     def _add(self, program: Program, x: fx.Node, weight: fx.Node | None) -> None:
         stored = program.weights.get(str(weight.target)) if weight is not None and weight.op == "get_attr" else None
         width = x.meta["val"].shape[-1]
+        if not isinstance(width, int):
+            return
         known = stored is not None and stored.numel == width and not stored.is_meta
         self._weights.setdefault(x, []).append(stored.tensor().double().reshape(-1) if stored and known else None)
 
