@@ -29,7 +29,7 @@ MIN_UNNAMED_CLASSES = 8
 """Fewest entries of the last dimension of a bare output (a module that returns one tensor) to be taken for logits."""
 
 _AT_A_TIME = 1 << 18
-"""Elements; float64 copies of so many stay in the processor's cache, which is five times as fast as whole batches."""
+"""Elements; float64 copies of so many stay in the processor's cache, which is several times as fast as larger ones."""
 _MASK = "attention_mask"
 _SEED = 0
 

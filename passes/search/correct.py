@@ -29,12 +29,12 @@ from ...ir.program import Program
 from ...ir.rewrite import Rewriter
 from ...ir.structure import structure
 from ...ir.weights import Weight
-from ..base import Batch, Context
-from ..fidelity import position_mask
+from ..base import Context
 from .compensation.base import Compensated
 from .compensation.low_rank import low_rank_map
 from .flow import Walk
 from .norm_metric import Norms, position_weights
+from .rows import counted_positions
 from .sample_sums import Samples, Sums, chosen_damping
 from .units import Unit
 
@@ -106,9 +106,10 @@ def correct(
             remedy="pass calibration= (or --calibration FILE), or rank=0",
         )
     found, dense = structure(program), program.clone()
-    norms = Norms(program)
+    norms = Norms(program) if fit else None
     names = {node.name: node for node in dense.graph.nodes}
-    before = [Walk(dense, structure(dense), batch) for batch in ctx.calibration or ()] if fit else []
+    streams = structure(dense)
+    before = [Walk(dense, streams, batch) for batch in ctx.calibration or ()] if fit else []
     runs, notes, made = runs_of(program, units), list[str](), 0
     for run in ctx.progress(runs, len(runs), "maps in the place of blocks") if fit else runs:
         reason = why_not_corrected(run)
@@ -119,12 +120,13 @@ def correct(
         width = int(run.by.meta["val"].shape[-1])
         size = min(rank, width)
         factors = torch.zeros(width, size), torch.zeros(size, width), torch.zeros(width)
-        if fit:
+        if norms is not None:
             samples = Samples()
             target, metric = names[run.replaced.name], norms.channel_weights(run.replaced)
             for number, (batch, old) in enumerate(zip(ctx.calibration or (), before, strict=True)):
                 x = Walk(program, found, batch).values({run.by}, {}, 0)[run.by]
-                x, y = _rows(batch, x, old.values({target}, {}, 0)[target])
+                y = old.values({target}, {}, 0)[target]
+                x, y = (counted_positions(batch, value).double() for value in (x, y))
                 scaled = torch.nn.functional.rms_norm(x, x.shape[-1:], eps=_EPSILON)
                 weights = None if metric is None else position_weights(y)
                 samples.add(number, len(before), scaled, y - x, products=True, weights=weights)
@@ -133,13 +135,6 @@ def correct(
         made += 1
     rewriter.erase_dead()
     return made, notes
-
-
-def _rows(batch: Batch, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The streams before and after at the positions that count, float64 [rows, channels]."""
-    mask = position_mask(batch, x.shape[:-1], inside=True) if x.dim() == 3 else None
-    x, y = (v.double().reshape(-1, v.shape[-1]) for v in (x, y))
-    return (x, y) if mask is None else (x[mask.reshape(-1) != 0], y[mask.reshape(-1) != 0])
 
 
 def _fitted(

@@ -34,7 +34,7 @@ from .consumers import Consumer, columns_labels, input_rows, other_readers, weig
 from .flow import Walk
 from .levels import combined, zeroed
 from .norm_metric import Norms, position_weights
-from .rows import unflattened
+from .rows import counted_positions, unflattened
 from .sample_sums import Samples, Sums, chosen_damping
 from .sites import ChannelSite
 
@@ -170,7 +170,9 @@ def refit(
                     counted_rows(consumer, batch, x[consumer.operand]),
                 )
                 stream = streams[consumer]
-                weights = None if stream is None else counted_positions(batch, x[stream], len(rows[0]))
+                weights = None if stream is None else position_weights(counted_positions(batch, x[stream]))
+                if weights is not None and len(weights) != len(rows[0]):
+                    weights = None  # its rows are others than the positions of the stream
                 samples[consumer].add(number, len(dense), *rows, how.products, weights)
         for consumer in work:
             _fit(program, site, kept[consumer.node], consumer, samples[consumer], how, result)
@@ -256,11 +258,3 @@ def counted_rows(consumer: Consumer, batch: Batch, value: torch.Tensor) -> torch
     elif unflattened(consumer) is not None and isinstance(known := batch.get("attention_mask"), torch.Tensor):
         mask = position_mask(batch, known.shape, inside=True) if known.dim() == 2 else None
     return rows[mask.reshape(-1) != 0] if mask is not None and mask.numel() == len(rows) else rows
-
-
-def counted_positions(batch: Batch, stream: torch.Tensor, count: int) -> torch.Tensor | None:
-    """The weights of the ``count`` positions that count (`norm_metric.position_weights`); None if they are others."""
-    mask = position_mask(batch, stream.shape[:-1], inside=True) if stream.dim() == 3 else None
-    rows = stream.reshape(-1, stream.shape[-1])
-    rows = rows if mask is None else rows[mask.reshape(-1) != 0]
-    return position_weights(rows) if len(rows) == count else None

@@ -119,3 +119,10 @@ def unflattened(consumer: Consumer) -> fx.Node | None:
         if len(shape) == 3:
             return node if same_size(shape[-1], value.shape[-1]) else None
     return None
+
+
+def counted_positions(batch: Batch, stream: Tensor) -> Tensor:
+    """The positions of a stream [.., positions, channels] that no mask hides: [rows, channels]."""
+    mask = position_mask(batch, stream.shape[:-1], inside=True) if stream.dim() == 3 else None
+    rows = stream.reshape(-1, stream.shape[-1])
+    return rows if mask is None else rows[mask.reshape(-1) != 0]

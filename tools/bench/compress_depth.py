@@ -14,7 +14,7 @@ from .compress_methods import Level
 from .compress_parts import MINILM, QUICK_MINILM, QUICK_SMOLLM2, SMOLLM2
 from .compress_run import Part, run_parts
 
-SHARES = (0.2, 0.1, 0.3)  # the first is what a quick run measures
+SHARES = (0.2, 0.1, 0.3)  # the first is the main level, and what a quick run measures
 
 
 def levels(facts: Mapping[str, Any], base: Row) -> list[Level]:
@@ -24,7 +24,9 @@ def levels(facts: Mapping[str, Any], base: Row) -> list[Level]:
         count = round(share * facts["blocks"])
         if count and count not in found:
             params = facts["parameters"] - count * facts["block"]
-            found[count] = Level(f"{count} of {facts['blocks']} blocks", count / facts["blocks"], count, params)
+            found[count] = Level(
+                f"{count} of {facts['blocks']} blocks", count / facts["blocks"], count, params, main=share == SHARES[0]
+            )
     return list(found.values())
 
 

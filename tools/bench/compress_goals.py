@@ -151,9 +151,8 @@ def _half_goals(where: str, level: Level, base: Row, rows: Sequence[Measured]) -
     score = scores_of(base["model"])[-1]
     kept = {True: math.nan, False: math.nan}
     for method, _, row in rows:
-        whole = "blocks=" in method.arguments["pipeline"]
         if cost_of(method, level, row) <= limit_of(level) * (1 + tolerance_of(level)):
-            kept[whole] = _value(row, score) / _value(base, score)
+            kept[method.whole] = _value(row, score) / _value(base, score)
     return [
         Goal(f"{where}: share of the dense model's {score.column}", kept[False], HALVED, at_least=True),
         Goal(f"{where}: the same, less that with whole blocks dropped", kept[False] - kept[True], 0.0, at_least=True),

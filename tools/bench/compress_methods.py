@@ -41,6 +41,7 @@ class Level:
         macs: multiply-adds that may be left, at the subject's sizes.
         ms: milliseconds that may be left in ONNX Runtime, at the longest timed input.
         peers: whether the other tools are asked, too.
+        main: whether methods run that are too slow for every level.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Level:
     macs: int = 0
     ms: float = 0.0
     peers: bool = True
+    main: bool = False
 
     def to_json(self) -> Row:
         """The level as JSON data."""
@@ -70,6 +72,8 @@ class Method:
         sparse: its zeros stay in place: it is compared at equal numbers that are not zero.
         models: the subjects it is for; empty: all.
         levels: the levels it is for, by name; empty: all.
+        main: only for the suite's main level.
+        whole: leaves out whole blocks: what another shape of the same size is to beat.
     """
 
     label: str
@@ -81,11 +85,13 @@ class Method:
     sparse: bool = False
     models: tuple[str, ...] = ()
     levels: tuple[str, ...] = ()
+    main: bool = False
+    whole: bool = False
 
     def fits(self, model: str, level: Level) -> bool:
         """Whether it is to be run there."""
         named = (not self.models or model in self.models) and (not self.levels or level.name in self.levels)
-        return named and (level.peers or self.by == "ours")
+        return named and (level.peers or self.by == "ours") and (level.main or not self.main)
 
 
 def ours(label: str, pipeline: str, **more: Any) -> Method:
@@ -96,7 +102,6 @@ def ours(label: str, pipeline: str, **more: Any) -> Method:
 GROUPS, QUERIES = "a third of the key-value groups", "a third of each group's query heads"
 BY_PARAMETERS, BY_TIME = "80% of the parameters", "80% of the milliseconds"
 BY_SPEED, BY_BLOCKS = "at most 15% of the MACs", "48% fewer parameters in the blocks"
-FIFTH, QUARTER = ("6 of 30 blocks", "1 of 6 blocks"), "25% of the neurons"
 """Levels that only some methods are for."""
 
 _MEASURED = "compress{{sites={} target=$params allocator=knapsack score=optimal-compensation measure}}"
@@ -113,26 +118,14 @@ _SEARCH = "generations=64 offspring=8 survivors=3 small=1 large=6 confidence=0.5
 _EVOPRESS = f"canonicalize,evopress{{target=$params rank=$rank {_SEARCH}}}"
 
 
-def _distilled(plain: Method, *levels: str, of: Method | None = None) -> tuple[Method, ...]:
-    """A method with short distillation, at some levels (none: at all of its own): one for every subject.
-
-    What it is to win back is what ``of`` lost: the same removal with nothing done about it; by default its own loss.
-    """
+def _distilled(plain: Method, *, main: bool = False) -> tuple[Method, ...]:
+    """A method with short distillation, one for every subject; ``main``: only at the suite's main level."""
     found = []
     for models, text in _DISTILL.items():
         if not plain.models or set(models) & set(plain.models):
             label, arguments = f"{plain.label}, distilled", {**plain.arguments, "then": text}
-            found.append(
-                replace(
-                    plain,
-                    label=label,
-                    arguments=arguments,
-                    restores=(of or plain).label,
-                    trained=True,
-                    models=models,
-                    levels=levels or plain.levels,
-                )
-            )
+            more: dict[str, Any] = {"restores": plain.label, "trained": True, "models": models, "main": main}
+            found.append(replace(plain, label=label, arguments=arguments, **more))
     return tuple(found)
 
 
@@ -169,19 +162,20 @@ _ANYTHING = replace(_DEPTH, levels=(BY_PARAMETERS,))
 
 OURS: dict[str, tuple[Method, ...]] = {
     "compress-depth": (
-        ours("block influence, greedy", "canonicalize,drop-layers{ratio=$ratio greedy}", levels=FIFTH),
-        ours("ShortGPT", "canonicalize,shortgpt{blocks=$count}", levels=FIFTH),
+        ours("block influence, greedy", "canonicalize,drop-layers{ratio=$ratio greedy}", main=True),
+        ours("ShortGPT", "canonicalize,shortgpt{blocks=$count}", main=True),
         _WINDOW,
         _with_rank(_WINDOW, 128),
         _DEPTH,
         _with_rank(_DEPTH, 128),
-        *_distilled(_with_rank(_DEPTH, 128), *FIFTH, of=_DEPTH),
+        *_distilled(_DEPTH, main=True),
+        *_distilled(_with_rank(_DEPTH, 128), main=True),
     ),
     "compress-width": (
         ours("FLAP", "canonicalize,flap{sites=mlp ratio=$ratio}"),
         _COMP,
         _LEAST_SQUARES,
-        *_distilled(_LEAST_SQUARES, QUARTER),
+        *_distilled(_LEAST_SQUARES, main=True),
         ours("Tyr", "canonicalize,tyr{sites=mlp target=$params generations=16 offspring=8 iterations=2 large=6}"),
         _ZEROS,
     ),
@@ -240,6 +234,7 @@ OURS: dict[str, tuple[Method, ...]] = {
             models=_ENCODER,
             levels=(BY_BLOCKS,),
             trained=True,
+            whole=True,
         ),
     ),
     "compress-vision": (

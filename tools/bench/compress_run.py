@@ -146,8 +146,9 @@ def _recipe(case: Case, method: Method | None = None, level: Level | None = None
     """What tells whether a row of an earlier record is the same measurement: a hash of all that it was made from."""
     sizes = {key: value for key, value in case.to_json().items() if key not in ("peers", "work")}
     made = None if method is None else [method.by, method.label, method.step, dict(method.arguments)]
-    # A limit in milliseconds is a share of what the dense model took in this run.
-    limits = None if level is None else {key: value for key, value in level.to_json().items() if key != "ms"}
+    # A limit in milliseconds is a share of what the dense model took in this run; ``main`` says who else is asked.
+    left_out = ("ms", "main")
+    limits = None if level is None else {key: value for key, value in level.to_json().items() if key not in left_out}
     return hashlib.sha256(json.dumps([sizes, made, limits], sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -14,7 +14,7 @@ from .compress_methods import Level
 from .compress_parts import MINILM, QUICK_MINILM, QUICK_SMOLLM2, SMOLLM2
 from .compress_run import Part, run_parts
 
-SHARES = (0.25, 0.1, 0.4)  # the first is what a quick run measures
+SHARES = (0.25, 0.1, 0.4)  # the first is the main level, and what a quick run measures
 
 
 def levels(facts: Mapping[str, Any], base: Row) -> list[Level]:
@@ -24,6 +24,7 @@ def levels(facts: Mapping[str, Any], base: Row) -> list[Level]:
             f"{share:.0%} of the neurons",
             share,
             params=facts["parameters"] - round(share * facts["neurons"]) * facts["neuron"],
+            main=share == SHARES[0],
         )
         for share in SHARES
     ]

@@ -52,9 +52,7 @@ class WorkCounter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         given = kwargs or {}
-        if getattr(func, "namespace", "") == "prim" or any(
-            _without_numbers(each) for each in tree_leaves((args, given))
-        ):
+        if any(_without_numbers(each) for each in tree_leaves((args, given))):
             return func(*args, **given)  # shape inference computes nothing
         packet = func.overloadpacket if hasattr(func, "overloadpacket") else func
         if packet not in flop_registry and isinstance(func, torch._ops.OpOverload):
