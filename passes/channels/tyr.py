@@ -1,7 +1,8 @@
 """Tyr: prune every layer to several levels, and search for the levels that the whole model bears best.
 
 1. Every site (heads of an attention, hidden channels of an MLP) is pruned to a few levels around the wanted share by
-   the optimal brain surgeon, layer after layer, each fitted to what the layers before it will do to its inputs.
+   the optimal brain surgeon, layer after layer, each fitted to what the layers before it are expected to pass on: the
+   mean of their levels, by the share that each keeps, or the level in the middle (``expectation=middle``).
 2. Evolution chooses a level per site under the budget, by the divergence of the model's outputs.
 3. Around what was chosen, finer levels are made and searched again.
 4. The choice is cut for real, and what stays is fitted once more in the model as it now is.
@@ -11,7 +12,8 @@
 The reference implementation leaves zeros in dense matrices and keys and values whole; here matrices get smaller, and a
 key and value head goes with its query heads.
 
-Source: Tyr-the-Pruner (2025), with the search of EvoPress (Sieberling et al. 2024, arXiv 2410.14649).
+Source: Tyr-the-Pruner (2025, arXiv 2503.09657), with the search of EvoPress (Sieberling et al. 2024, arXiv 2410.14649).
+``expectation=weighted`` is the paper's; ``middle`` is the median version of its reference implementation.
 """
 
 from __future__ import annotations
@@ -52,13 +54,18 @@ class Tyr(WidthPass):
 
     name: ClassVar[str] = "tyr"
     effect: ClassVar[Effect] = Effect.APPROXIMATE
-    paper: ClassVar[str] = "Tyr-the-Pruner, 2025"
+    paper: ClassVar[str] = "Tyr-the-Pruner, arXiv 2503.09657"
 
     sites: tuple[str, ...] = option(("heads", "mlp", "channels"), choices=_SITES, help="what may be removed")
     ratio: float | None = option(None, ge=0, lt=1, help="share of what the sites cost that goes")
     target: float | None = option(None, gt=0, help="what the whole model may cost, in the unit of the budget")
     budget: str = option("params", choices=("params", "bytes", "macs"), help="what is bounded")
     step: float = option(0.125, gt=0, le=0.5, help="distance of the first levels, as a share of a site")
+    expectation: str = option(
+        "weighted",
+        choices=("weighted", "middle"),
+        help="what later layers expect of one: the mean of its levels, by the share that each keeps, or the middle one",
+    )
     iterations: int = option(4, ge=1, help="how often levels are made and searched; each halves the step")
     generations: int = option(50, ge=0, help="generations of each search")
     offspring: int = option(32, ge=1, help="new candidates per generation")
@@ -125,14 +132,19 @@ class Tyr(WidthPass):
         """Places with levels around a share for each site."""
         counts: dict[int, list[int]] = {}
         middle: dict[int, int] = {}
+        grid: dict[int, set[int]] = {}
         for site in sites:
             shares = [around[site.index] + step * offset for offset in range(-_AROUND, _AROUND + 1)]
             numbers = {min(max(round(share * site.size), 0), site.size - 1) for share in shares}
+            grid[site.index] = numbers
             # The harshest level must be there: without it a budget that is within reach might not be.
-            numbers |= {site.size - 1} if step == self.step else {1}
-            counts[site.index] = sorted(numbers - {0})
+            extra = site.size - 1 if step == self.step else 1
+            counts[site.index] = sorted((numbers | {extra}) - {0})
             middle[site.index] = min(max(round(around[site.index] * site.size), 0), site.size - 1)
-        return obs_places(program, sites, meter, ctx, counts, middle=middle, rounds=_ROUNDS, damping=self.damping)
+        expected = grid if self.expectation == "weighted" else None
+        return obs_places(
+            program, sites, meter, ctx, counts, middle=middle, expected=expected, rounds=_ROUNDS, damping=self.damping
+        )
 
     def _search(
         self,

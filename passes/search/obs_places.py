@@ -1,10 +1,15 @@
 """Channel sites whose levels are pruned by the optimal brain surgeon: what stays is refitted at every level.
 
-Sites are walked in graph order. Each reads what it would read if every site before it were cut at its middle level, and
-is fitted to give what it gave in the unchanged model: the expected error that earlier layers pass on is made up for.
-A site with several consumers is pruned as one layer whose weight has theirs along the diagonal.
+Sites are walked in graph order. Each reads what it would read if every site before it had the mean weight of its
+levels, and is fitted to give what it gave in the unchanged model: the expected error that earlier layers pass on is
+made up for. Consumers are linear, so that the mean weight gives the mean output; levels that keep more weigh more:
 
-Source: Tyr-the-Pruner (2025), the super-network of pruned levels with expectation error accumulation.
+    W = sum_l (1 - s_l) W_l / sum_l (1 - s_l)        s_l: the share of the atoms that level l removes
+
+A site with several consumers is pruned as one layer whose weight has theirs along the diagonal; each has its own mean.
+
+Source: Tyr-the-Pruner (2025, arXiv 2503.09657), the super-network of pruned levels with weighted expectation error
+accumulation. One expected level alone is the median version of the paper's reference implementation.
 """
 
 from __future__ import annotations
@@ -41,6 +46,7 @@ def obs_places(
     counts: Mapping[int, Sequence[int]],
     *,
     middle: Mapping[int, int],
+    expected: Mapping[int, Collection[int]] | None = None,
     rounds: Mapping[str, int],
     damping: float | None = None,
 ) -> tuple[list[Place], dict[str, int]]:
@@ -52,7 +58,9 @@ def obs_places(
         meter: counts what a level saves.
         ctx: calibration batches.
         counts: for each site's index, increasing numbers of atoms to remove, each below the number of atoms.
-        middle: for each site's index, the number of atoms (one of its counts, or 0) that later sites expect to be gone.
+        middle: for each site's index, the number of atoms (one of its counts, or 0) that its damping is chosen for.
+        expected: for each site's index, the numbers of atoms (of its counts, or 0) that may be gone when later sites
+            read; None: ``middle`` alone.
         rounds: by kind, in how many rounds atoms are removed; 1 for other kinds.
         damping: share of the mean diagonal added to Gram matrices; None: for each site the one that does best on data
             that it was not fitted to.
@@ -68,7 +76,7 @@ def obs_places(
     found = ctx.structure(program)
     dense = [Walk(program, found, batch) for batch in ctx.calibration]
     now = [Walk(program, found, batch) for batch in ctx.calibration]
-    expected: dict[str, Weight] = {}
+    means: dict[str, Weight] = {}
     fitted: set[str] = set()
     places: list[Place] = []
     blocked: dict[str, int] = {}
@@ -81,7 +89,7 @@ def obs_places(
         operands = {consumer.operand for consumer in site.consumers}
         for number, (batch, before, after) in enumerate(zip(ctx.calibration, dense, now, strict=True)):
             x = before.values(operands, {}, site.first)
-            z = after.values(operands, expected, site.first)
+            z = after.values(operands, means, site.first)
             for consumer in site.consumers:
                 rows = (counted_rows(consumer, batch, value[consumer.operand]) for value in (z, x))
                 samples[consumer].add(number, len(dense), *rows, products=True)
@@ -95,8 +103,7 @@ def obs_places(
         fitted |= {consumer.weight for consumer in site.consumers}
         place = _place(program, site, sums, removals, meter)
         places.append(place)
-        chosen = next((level for level in place.levels if level.count == middle[site.index]), place.levels[0])
-        expected |= chosen.weights(program)
+        means |= _mean(program, site, place, (middle[site.index],) if expected is None else expected[site.index])
     return places, blocked
 
 
@@ -201,6 +208,20 @@ def _place(
             Level(f"{count} of {site.size} cut", cost, error, site=site, order=order, count=count, replaced=replaced)
         )
     return Place(site.kind, site.label, site.block, tuple(levels), site.first, site.index)
+
+
+def _mean(program: Program, site: ChannelSite, place: Place, counts: Collection[int]) -> dict[str, Weight]:
+    """The mean weights of the levels that remove some numbers of atoms, weighed by the shares that they keep."""
+    levels = [level for level in place.levels if level.count in counts]
+    kept = [site.size - level.count for level in levels]
+    means: dict[str, Weight] = {}
+    for name in dict.fromkeys(name for level in levels for name in level.replaced):
+        old = program.weights[name]
+        mean = torch.zeros(old.shape, dtype=torch.float64)
+        for level, share in zip(levels, kept, strict=True):
+            mean.add_(level.replaced.get(name, old).tensor(), alpha=share / sum(kept))
+        means[name] = Weight.from_tensor(mean.to(old.dtype))
+    return means
 
 
 def _error(old: torch.Tensor, new: torch.Tensor, sums: Sums) -> float:

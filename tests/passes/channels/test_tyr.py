@@ -31,6 +31,9 @@ from tests.passes.channels.tiny import (
 )
 
 ATOM = 2 * WIDTH + 1
+EXPECTATIONS = ("weighted", "middle")
+Levels = dict[int, tuple[list[int], torch.Tensor]]
+"""By the number of atoms that go: which ones, and the fitted weight."""
 
 
 class Layer:
@@ -80,51 +83,66 @@ def size_of(block: torch.nn.Module) -> int:
     return block.heads // block.groups * block.dim if isinstance(block, Attention) else 1
 
 
+def mean_weight(block: Levels, expected: Sequence[int], atoms: int) -> torch.Tensor:
+    """The mean over some levels of sparsity s, each with the weight 1 - s."""
+    total = sum(1 - count / atoms for count in expected)
+    return torch.stack([block[count][1] * (1 - count / atoms) for count in expected]).sum(0) / total
+
+
 def levels(
-    model: Stack, counts: Sequence[Sequence[int]], middle: Sequence[int], batches: Sequence[Batch]
-) -> list[dict[int, tuple[list[int], torch.Tensor]]]:
-    """For each block and count: the atoms that go, and the fitted weight. Each block reads what it would read if all
-    blocks before it were at their middle level.
+    model: Stack, counts: Sequence[Sequence[int]], expected: Sequence[Sequence[int]], batches: Sequence[Batch]
+) -> list[Levels]:
+    """The levels of each block. It reads what it would read if all blocks before it had the mean weight of the levels
+    that are expected of them.
     """
-    expected = copy.deepcopy(model)
+    changed = copy.deepcopy(model)
     found = []
     for number, block in enumerate(model.blocks):
         before = torch.cat(hidden_rows(model, batches)[number])
-        now = torch.cat(hidden_rows(expected, batches)[number])
+        now = torch.cat(hidden_rows(changed, batches)[number])
         weight, size = last_map(block).weight.detach(), size_of(block)
         layer = Layer(weight, now, before)
         rounds = 16 if isinstance(block, Mlp) else 1
-        here: dict[int, tuple[list[int], torch.Tensor]] = {0: ([], weight)}
+        here: Levels = {0: ([], weight)}
         for count, gone in removals(layer, size, rounds, counts[number]).items():
             kept = [c for c in range(weight.shape[1]) if c // size not in gone]
             here[count] = gone, layer.fitted(kept)
         found.append(here)
         with torch.no_grad():
-            last_map(expected.blocks[number]).weight.copy_(here[middle[number]][1])
+            last_map(changed.blocks[number]).weight.copy_(mean_weight(here, expected[number], weight.shape[1] // size))
     return found
 
 
+@pytest.mark.parametrize("expectation", EXPECTATIONS)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_levels_are_those_of_brute_force(seed: int) -> None:
+def test_levels_are_those_of_brute_force(seed: int, expectation: str) -> None:
     model = stack(Attention(4, 2), Mlp(8), Attention(4, 4), Mlp(7), seed=seed)
     batches, program = data(), program_of(model)
     ctx = Context(calibration=batches)
     sites, _ = channel_sites(program, ctx.structure(program), ("heads", "mlp"))
     counts, middle = [[1], [1, 3, 6], [1, 3], [2, 4]], [1, 3, 1, 2]
+    several = [[0, 1], [1, 3], [0, 1, 3], [2, 4]]  # not the 6
+    forms = {"weighted": several, "middle": [[count] for count in middle]}
+    tables = {form: levels(model, counts, expected, batches) for form, expected in forms.items()}
+    wanted = tables.pop(expectation)
+    (other,) = tables.values()
     places, blocked = obs_places(
         program, sites, Meter(program, "params", {}), ctx,
         {s.index: c for s, c in zip(sites, counts, strict=True)},
         middle={s.index: m for s, m in zip(sites, middle, strict=True)},
+        expected={s.index: e for s, e in zip(sites, several, strict=True)} if expectation == "weighted" else None,
         rounds={"mlp": 16}, damping=0.01,
     )  # fmt: skip
     assert not blocked
-    for place, wanted, block in zip(places, levels(model, counts, middle, batches), range(4), strict=True):
-        name = f"blocks.{block}.{'o' if block % 2 == 0 else 'down'}.weight"
-        assert [level.count for level in place.levels] == sorted(wanted)
+    for number, place in enumerate(places):
+        name = f"blocks.{number}.{'o' if number % 2 == 0 else 'down'}.weight"
+        assert [level.count for level in place.levels] == sorted(wanted[number])
         for level in place.levels[1:]:
-            gone, weight = wanted[level.count]
+            gone, weight = wanted[number][level.count]
             assert list(level.removed) == gone
             torch.testing.assert_close(level.replaced[name].tensor(), weight, rtol=0, atol=1e-8)
+            # Nothing comes before the first block; later ones tell the two forms apart.
+            assert not number or float((weight - other[number][level.count][1]).abs().max()) > 1e-3
 
 
 def divergence(got: torch.Tensor, want: torch.Tensor) -> float:
@@ -132,30 +150,59 @@ def divergence(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
+def score(model: Stack, table: Sequence[Levels], state: Sequence[int], batches: Sequence[Batch]) -> float:
+    """The divergence of the eager model with so many atoms of each block gone."""
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        for number, count in enumerate(state):
+            last_map(changed.blocks[number]).weight.copy_(table[number][count][1])
+        errors = [divergence(changed(b["x"]), model(b["x"])) for b in batches]
+    return sum(errors) / len(errors)
+
+
+@pytest.mark.parametrize("expectation", EXPECTATIONS)
+def test_layers_expect_the_levels_around_the_share(expectation: str) -> None:
+    """The score of what was chosen tells by which expectation its weights were fitted."""
+    model = stack(*(Mlp(16) for _ in range(3)), seed=3)
+    batches, program = data(), program_of(model)
+    settings = Tyr(
+        ratio=0.7, step=1 / 32, iterations=1, generations=0, offspring=1, damping=0.01, expectation=expectation
+    )
+    _, stats = run(program, settings, batches)
+    # 11.2 of 16, with half a channel between levels; 15 is there so that every budget is within reach.
+    grid = [9, 10, 11, 12, 13]
+    forms = {"weighted": grid, "middle": [11], "all levels": [*grid, 15], "none": [0]}
+    state = [len(gone) for gone in removed(stats)]
+    scores = {
+        form: score(model, levels(model, [[*grid, 15]] * 3, [expected] * 3, batches), state, batches)
+        for form, expected in forms.items()
+    }
+    got = stats.plan["search"]["chosen"]["score"]
+    assert got == pytest.approx(scores.pop(expectation), rel=1e-4)
+    assert all(abs(got / other - 1) > 1e-3 for other in scores.values())
+
+
+@pytest.mark.parametrize("expectation", EXPECTATIONS)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_the_search_finds_the_best_of_all_levels(seed: int) -> None:
+def test_the_search_finds_the_best_of_all_levels(seed: int, expectation: str) -> None:
     """All choices of levels under the budget are tried on the eager model; enough generations find the best."""
     model = stack(*(Mlp(8) for _ in range(3)), seed=seed)
     batches, program = data(), program_of(model)
     limit = program.parameter_count - 8 * ATOM
-    settings = Tyr(target=limit, step=0.125, iterations=1, generations=60, offspring=24, damping=0.01, seed=seed)
+    settings = Tyr(
+        target=limit, step=0.125, iterations=1, generations=60, offspring=24, damping=0.01, seed=seed,
+        expectation=expectation,
+    )  # fmt: skip
     after, stats = run(program, settings, batches)
     assert after.parameter_count <= limit
     # Around a third of 8: every level from none to 7.
     counts = [list(range(1, 8))] * 3
-    table = levels(model, counts, [3, 3, 3], batches)
-    best: tuple[float, list[list[int]]] = (float("inf"), [])
-    with torch.no_grad():
-        for state in itertools.product(range(8), repeat=3):
-            if sum(state) != 8:  # less is over the budget, more could stay
-                continue
-            changed = copy.deepcopy(model)
-            for number, count in enumerate(state):
-                last_map(changed.blocks[number]).weight.copy_(table[number][count][1])
-            errors = [divergence(changed(b["x"]), model(b["x"])) for b in batches]
-            best = min(best, (sum(errors) / len(errors), [table[n][c][0] for n, c in enumerate(state)]))
-    assert removed(stats) == best[1]
-    assert stats.plan["search"]["chosen"]["score"] == pytest.approx(best[0], rel=1e-4)
+    table = levels(model, counts, [[3] if expectation == "middle" else range(8)] * 3, batches)
+    # Less is over the budget, more could stay.
+    states = [state for state in itertools.product(range(8), repeat=3) if sum(state) == 8]
+    least, best = min((score(model, table, state, batches), state) for state in states)
+    assert removed(stats) == [table[number][count][0] for number, count in enumerate(best)]
+    assert stats.plan["search"]["chosen"]["score"] == pytest.approx(least, rel=1e-4)
 
 
 def test_slicing_is_zeroing() -> None:
@@ -211,7 +258,7 @@ def test_candidates_of_levels_are_what_a_zeroed_model_does() -> None:
         program, sites, Meter(program, "params", {}), ctx, {s.index: [2, 4] for s in sites},
         middle={s.index: 2 for s in sites}, rounds={"mlp": 16}, damping=0.01,
     )  # fmt: skip
-    table = levels(model, [[2, 4]] * 2, [2, 2], batches)
+    table = levels(model, [[2, 4]] * 2, [[2]] * 2, batches)
     candidates = Candidates(program, places, ctx.structure(program), batches)
     changed = copy.deepcopy(model)
     with torch.no_grad():

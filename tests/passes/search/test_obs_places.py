@@ -80,6 +80,54 @@ def test_levels_are_least_squares_in_sequence() -> None:
             (changed.down1, changed.down2)[n].weight.copy_(next(iter(middle.weights(program).values())).tensor())
 
 
+class Fork(nn.Module):
+    """A hidden layer with two readers, and an MLP that reads a function of both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up1, self.one, self.two = nn.Linear(8, 12), nn.Linear(12, 8), nn.Linear(12, 8)
+        self.up2, self.down2 = nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def hidden(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the readers of both hidden layers read."""
+        a = torch.relu(self.up1(x))
+        return a, torch.relu(self.up2(x + self.one(a) * torch.tanh(self.two(a))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[rows, 8] to [rows, 8]."""
+        return self.down2(self.hidden(x)[1])
+
+
+def test_each_reader_of_a_site_is_expected_to_have_its_own_mean() -> None:
+    torch.manual_seed(1)
+    module = Fork().double().eval()
+    program = trace(module, (torch.randn(60, 8).double(),))
+    first, last = (
+        site for site in channel_sites(program, structure(program), ("channels", "mlp"))[0] if site.size == 12
+    )
+    assert len(first.consumers) == 2 and len(last.consumers) == 1
+    ctx = Context(calibration=[{"x": torch.randn(60, 8).double()} for _ in range(2)])
+    places, _ = obs_places(
+        program, (first, last), meter_of(program), ctx, {first.index: (3, 6, 11), last.index: COUNTS},
+        middle={first.index: 3, last.index: 5}, expected={first.index: {0, 3, 6}, last.index: ()}, rounds={},
+        damping=1e-12,
+    )  # fmt: skip
+    x = torch.cat([b["x"] for b in ctx.calibration or ()])
+    changed = Fork().double()
+    changed.load_state_dict(module.state_dict())
+    with torch.no_grad():
+        y = (module.hidden(x)[1] @ module.down2.weight.T).numpy()
+        mild, harsh = (places[0].levels[n].weights(program) for n in (1, 2))
+        for name, reader in (("one.weight", changed.one), ("two.weight", changed.two)):
+            reader.weight.copy_((12 * reader.weight + 9 * mild[name].tensor() + 6 * harsh[name].tensor()) / 27)
+        z = changed.hidden(x)[1].numpy()
+    for level in places[1].levels[1:]:
+        kept = [i for i in range(12) if i not in level.removed]
+        best = np.linalg.lstsq(z[:, kept], y, rcond=None)[0].T
+        fitted = level.weights(program)["down2.weight"].tensor()
+        np.testing.assert_allclose(fitted[:, kept].numpy(), best, rtol=1e-5, atol=1e-6)
+
+
 def test_levels_can_be_tried_together() -> None:
     _, program, sites, ctx = model()
     places, _ = obs_places(
