@@ -113,7 +113,7 @@ class Context:
     Attributes:
         calibration: batches of named inputs; may be iterated more than once.
         progress: called as ``progress(iterable, total, label)`` around slow loops; shows a bar where wanted.
-        original: the program that the pipeline started from; what a distillation learns from.
+        original: what a distillation learns from: the program that the pipeline started from, or a given teacher.
         executor: where searches evaluate candidates; None: in this process.
         journal: the folder that keeps what searches evaluated, so that one that was stopped goes on.
         workspace: a folder that workers of the executor can read; None: a temporary one, for workers on this machine.

@@ -45,6 +45,7 @@ class PassManager:
         executor: a `concurrent.futures.Executor` that evaluates the candidates of searches; None: this process.
         journal: a folder that keeps what searches evaluated, so that one that was stopped goes on.
         workspace: a folder that the executor's workers can read, where they are on other machines.
+        teacher: what a distillation learns from; None: the program that is given to `run`.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class PassManager:
         executor: Executor | None = None,
         journal: Path | None = None,
         workspace: Path | None = None,
+        teacher: Program | None = None,
     ) -> None:
         self.pipeline = parse_pipeline(passes)
         self.feeds = feeds
@@ -77,6 +79,7 @@ class PassManager:
         self.progress: Progress = progress_for(progress)
         self.instruments = tuple(instruments)
         self.executor, self.journal, self.workspace = executor, journal, workspace
+        self.teacher = teacher
 
     def run(self, program: Program) -> tuple[Program, Report]:
         """Run the pipeline.
@@ -114,7 +117,7 @@ class _Run:
         self.context = Context(
             calibration=manager.calibration,
             progress=manager.progress,
-            original=original,
+            original=manager.teacher or original,
             executor=manager.executor,
             journal=manager.journal,
             workspace=manager.workspace,

@@ -97,6 +97,7 @@ def optimize(
     executor: Executor | None = None,
     journal: str | os.PathLike[str] | None = None,
     workspace: str | os.PathLike[str] | None = None,
+    teacher: Any = None,
 ) -> Optimized:
     """Run passes over a model.
 
@@ -128,6 +129,8 @@ def optimize(
             ``dask.distributed.Client.get_executor()`` for many machines. None: this process.
         journal: a folder that keeps what searches evaluated; the same call goes on where an earlier one was stopped.
         workspace: a folder that the executor's workers can read under the same path, where they are on other machines.
+        teacher: the model that a distillation learns from, in any form that ``model_or_program`` may have; None: the
+            given one, before the first pass. So a model that was made smaller earlier learns from the original.
 
     Returns:
         The result: a `Program` with ``.report``, ``.plan``, ``.export(path)`` and ``.compile(backend=...)``.
@@ -135,7 +138,7 @@ def optimize(
     Raises:
         PipelineError: the pipeline is wrong.
         ImportModelError: the model cannot be read or traced.
-        InputError: example inputs or calibration do not fit the model.
+        InputError: example inputs, calibration or teacher do not fit the model.
         GraphlatheError: a pass failed, see `PassManager.run`.
     """
     pipeline = parse_pipeline(passes)  # what can be wrong with the call is said before anything slow
@@ -168,6 +171,7 @@ def optimize(
         executor=executor,
         journal=None if journal is None else Path(journal),
         workspace=None if workspace is None else Path(workspace),
+        teacher=None if teacher is None else _teacher(teacher, program, example_inputs, dynamic),
     )
     before = _merit(evaluate, program)
     result, report = manager.run(program)
@@ -175,6 +179,23 @@ def optimize(
     report.metric_before = before
     report.metric_after = _merit(evaluate, optimized)
     return optimized
+
+
+def _teacher(model: Any, program: Program, example_inputs: Any, dynamic: Any) -> Program:
+    """The model that a distillation learns from.
+
+    Raises:
+        InputError: its inputs or outputs have other names.
+    """
+    teacher = _program(model, example_inputs, dynamic if isinstance(model, torch.nn.Module) else None)
+    for what in ("inputs", "outputs"):
+        theirs, own = getattr(teacher.main, what), getattr(program.main, what)
+        if set(theirs) != set(own):
+            raise InputError(
+                f"the teacher's {what} are {', '.join(theirs)}; the model's are {', '.join(own)}",
+                expected=f"a teacher with the same {what}",
+            )
+    return teacher
 
 
 def check_steering(pipeline: Pipeline, stop_after: str | None, disable: Collection[str]) -> None:

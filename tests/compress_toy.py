@@ -40,8 +40,8 @@ class Toy(Subject):
     def example(self) -> Feeds:
         return {"input_ids": torch.arange(6).reshape(2, 3)}
 
-    def calibration(self) -> list[Feeds]:
-        return [self.example()]
+    def pieces(self, count: int) -> list[Feeds]:
+        return [self.example()] * count
 
     def timed(self) -> dict[str, Feeds]:
         return {f"T{n}": {"input_ids": torch.arange(n)[None]} for n in self.case.lengths}
@@ -59,7 +59,7 @@ class Toy(Subject):
         return {"ppl": meter.perplexity, "kl": meter.kl}
 
 
-TOY = Case("toy", lengths=(2, 10), rounds=1)
+TOY = Case("toy", calibration=1, lengths=(2, 10), rounds=1)
 
 
 def row(ppl: float | None, parameters: int, **more: Any) -> Row:

@@ -236,6 +236,10 @@ def optimize(
         Path | None,
         typer.Option(metavar="DIR", help="a folder that all workers of the search see under the same path"),
     ] = None,
+    teacher: Annotated[
+        Path | None,
+        typer.Option(metavar="MODEL", help="what a distillation learns from; else MODEL as it was before the passes"),
+    ] = None,
     budget: Annotated[
         list[str] | None,
         typer.Option(
@@ -298,6 +302,7 @@ def optimize(
             workers=workers,
             scheduler=scheduler,
             workspace=workspace,
+            teacher=teacher,
         ),
     )
 

@@ -49,6 +49,7 @@ class OptimizeOptions:
     workers: int | None = None
     scheduler: str | None = None
     workspace: Path | None = None
+    teacher: Path | None = None
 
 
 def optimize_file(path: Path, options: OptimizeOptions) -> None:
@@ -96,6 +97,7 @@ def optimize_file(path: Path, options: OptimizeOptions) -> None:
                 executor=executor,
                 journal=options.journal,
                 workspace=options.workspace,
+                teacher=options.teacher,
             )
     except KeyboardInterrupt:
         if options.journal is None:

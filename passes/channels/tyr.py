@@ -72,6 +72,7 @@ class Tyr(WidthPass):
     small: int = option(1, ge=1, help="calibration batches that candidates are first judged on")
     damping: float | None = option(None, ge=0, help="of the layers' fits; none: what does best on data not fitted to")
     large: int | None = option(None, ge=1, help="calibration batches that survivors are judged on; none: all")
+    finalists: int = option(3, ge=1, help="states that led a search, the best of which on all the data is taken")
     seed: int = option(0, ge=0, help="equal seeds give equal searches")
 
     def recipe(self) -> Recipe:
@@ -175,7 +176,9 @@ class Tyr(WidthPass):
                 state = tuple(_like(place, level.count) for place, level in zip(table.places, old, strict=True))
             levels = table.levels()
             seeds = cheap_states(levels, limit) | ({"last round": state} if iteration else {})
-            outcome, found = search(program, table.places, levels, limit, batches, ctx, settings, seeds)
+            outcome, found = search(
+                program, table.places, levels, limit, batches, ctx, settings, seeds, self.finalists
+            )
             state = outcome.state
             history = _joined(history, found)
         return state, history

@@ -74,6 +74,7 @@ class EvoPress(Pass):
     large: int | None = option(None, ge=1, help="calibration batches that survivors are judged on; none: all")
     patience: int | None = option(None, ge=1, help="stop after so many generations without a better candidate")
     confidence: float = option(1.0, ge=0, help="standard errors by which a candidate must be better; the paper's is 0")
+    finalists: int = option(3, ge=1, help="states that led the search, the best of which on all the data is taken")
     seed: int = option(0, ge=0, help="equal seeds give equal searches")
 
     def __post_init__(self) -> None:
@@ -130,8 +131,9 @@ class EvoPress(Pass):
                 seeds = depth_seeds(program, table.places, levels, limit, ctx)
             else:
                 seeds = cheap_states(levels, limit)
+            settings = self.settings(len(batches))
             outcome, history = search(
-                program, table.places, levels, limit, batches, ctx, self.settings(len(batches)), seeds
+                program, table.places, levels, limit, batches, ctx, settings, seeds, self.finalists
             )
             return outcome.state, history
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import random
 import tempfile
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -15,10 +16,11 @@ import torch
 from ...ir.errors import GraphlatheError, PreconditionError
 from ...ir.program import Program
 from ..base import Batch, Context
-from .allocators.evolution import Outcome, Settings, Stage, evolve
+from .allocators.evolution import Outcome, Point, Settings, Stage, evolve
 from .allocators.global_threshold import global_threshold
 from .allocators.greedy import greedy
 from .allocators.knapsack import knapsack
+from .allocators.runoff import runoff
 from .allocators.table import LevelTable, State
 from .allocators.uniform import uniform
 from .candidates import Candidates
@@ -53,6 +55,13 @@ def two_stages(batches: int, *, survivors: int, small: int = 1, large: int | Non
     return (Stage(survivors, small), Stage(1, large)) if small < large else (Stage(1, large),)
 
 
+def in_drawn_order(batches: Sequence[Batch], seed: int) -> list[Batch]:
+    """The batches in the order in which a search with this seed takes them."""
+    drawn = list(batches)
+    random.Random(f"batches {seed}").shuffle(drawn)
+    return drawn
+
+
 def search(
     program: Program,
     places: Sequence[Place],
@@ -62,6 +71,7 @@ def search(
     ctx: Context,
     settings: Settings,
     seeds: dict[str, State],
+    finalists: int = 1,
 ) -> tuple[Outcome, dict[str, Any]]:
     """Evolve a state, on whatever runs evaluations, and with whatever journal the context has.
 
@@ -70,11 +80,14 @@ def search(
         places: its places.
         table: their costs.
         limit: what the whole may cost.
-        batches: the data, batch by batch; the stages of ``settings`` take the first so many of them.
+        batches: the data, batch by batch. In an order that the seed of ``settings`` draws, which is the same for all
+            candidates, its stages take the first so many of them: the first ones as they were given are often alike.
         ctx: ``executor``, ``workspace`` and ``journal`` are used. A journal is told by what is evaluated, not by how it
             is searched: a search with more generations goes on where another one ended.
         settings: how to search.
         seeds: named states to start from.
+        finalists: so many of the states that led the search are judged on all batches in the end, and the best of them
+            is taken (`allocators.runoff`); 1: the last one is.
 
     Returns:
         The outcome, and the history for the plan and its pictures.
@@ -89,7 +102,7 @@ def search(
             f"the search judges on {wanted} batches, but there are {len(batches)}",
             remedy="give more calibration data, or smaller stages",
         )
-    batches = batches[:wanted]
+    batches = in_drawn_order(batches, settings.seed)[: wanted if finalists == 1 else len(batches)]
     seeds = {name: state for name, state in seeds.items() if table.cost(state) <= limit}
     local = None
     with ExitStack() as stack:
@@ -109,15 +122,20 @@ def search(
             evaluate = write_workspace(Path(folder), program, places, batches)
         evaluations = stack.enter_context(Evaluations(evaluate, executor=ctx.executor, journal=journal))
         outcome = evolve(table, limit, evaluations, list(seeds.values()), settings, ctx.progress)
+        final: list[Point] = []
+        if len(batches) > wanted:
+            outcome, final = runoff(outcome, table, evaluations, len(batches), finalists)
     if not math.isfinite(outcome.score):
         raise PreconditionError(
             "the outputs of the best candidate are not numbers",
             remedy="look for NaN or infinity in the calibration data and the weights",
         )
-    return outcome, _history(outcome, seeds, local)
+    return outcome, _history(outcome, seeds, local, final)
 
 
-def _history(outcome: Outcome, seeds: dict[str, State], local: Candidates | None) -> dict[str, Any]:
+def _history(
+    outcome: Outcome, seeds: dict[str, State], local: Candidates | None, final: Sequence[Point]
+) -> dict[str, Any]:
     """What the plan keeps of a search."""
     origin: dict[State, str] = {}
     for name, state in seeds.items():
@@ -130,6 +148,9 @@ def _history(outcome: Outcome, seeds: dict[str, State], local: Candidates | None
         "evaluated": [
             {"cost": p.cost, "score": _finite(p.score), "origin": origin.get(p.state, "mutation")}
             for p in outcome.points
+        ],
+        "finalists": [
+            {"cost": p.cost, "score": _finite(p.score), "origin": origin.get(p.state, "mutation")} for p in final
         ],
         "chosen": {"cost": outcome.cost, "score": _finite(outcome.score)},
         "evaluations": outcome.evaluations,

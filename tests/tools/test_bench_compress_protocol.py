@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ import torch
 
 from graphlathe.ir.errors import GraphlatheError
 from graphlathe.ir.load import load
+from graphlathe.passes.search import milliseconds
+from graphlathe.passes.search.paired_timing import paired_rounds
+from graphlathe.runtime.session import ProgramSession
 from graphlathe.tools.bench import base as bench_base
 from graphlathe.tools.bench import compress_run
 from graphlathe.tools.bench.base import Goal, Record, Result, Row, Run, Suite, known_rows, run_suite
@@ -113,15 +117,17 @@ class TestGoals:
         """Narrower blocks, as a share of the dense model's quality, and against whole ones that were dropped."""
         level = Level("half", 0.0, count=3, params=100, peers=False)
         rows = [
-            measured("ours", label, {**row(None, 99), "retrieval_at_1": value}, level, whole=label == "whole")
-            for label, value in (("narrow", 0.46), ("whole", 0.4))
+            measured(
+                "ours", label, {**row(None, 99), "macs": macs, "retrieval_at_1": value}, level, whole=label == "whole"
+            )
+            for label, value, macs in (("narrow", 0.46, 515), ("whole", 0.4, 500), ("slow", 0.47, 600))
         ]
         base = {**BASE, "model": "minilm-l6", "retrieval_at_1": 0.5}
         kept, more = goals_of("minilm-l6", base, rows)[:2]
-        assert kept.value == pytest.approx(0.92) and not kept.met
-        assert more.value == pytest.approx(0.12) and more.met
-        alone, _ = goals_of("minilm-l6", base, rows[1:])[:2]
-        assert not alone.met, "nothing was measured"
+        assert kept.value == pytest.approx(0.94) and kept.met
+        assert more.value == pytest.approx(0.12) and more.met, "the slow one has more work to do than whole blocks"
+        alone, none = goals_of("minilm-l6", base, rows[1:2])[:2]
+        assert not alone.met and not none.met, "nothing was measured"
 
 
 PARTS = [
@@ -207,6 +213,18 @@ class TestProtocol:
         run_parts("compress-depth", other, Run(known=rows))
         assert asked.count("evaluate") == 3, "another seed is another measurement"
 
+    def test_more_text_for_training_is_another_measurement_of_what_trains(
+        self, asked: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(
+            OURS, "compress-depth", (Method("mine", "ours", "m:made"), Method("taught", "ours", "m:made", trained=True))
+        )
+        rows = run_parts("compress-depth", PARTS, Run(quick=True)).rows
+        more = [replace(PARTS[0], quick=replace(PARTS[0].quick, training=9))]
+        asked.clear()
+        run_parts("compress-depth", more, Run(quick=True, known=rows))
+        assert asked == ["write_dense", "made", "evaluate", "broken"]
+
     def test_nothing_is_lost_where_only_some_is_measured(self, asked: list[str]) -> None:
         """Rows that are not chosen stay, those of other models and failed ones too, and are in every saved record."""
         first = run_parts("compress-depth", PARTS, Run())
@@ -271,6 +289,25 @@ class TestProtocol:
         assert all(found["search_units"] > plain["search_units"] > 0 for found in rows)
         outputs = [load(tmp_path / f"{name}.onnx").run(Toy(TOY).example())["logits"] for name in ("shared", "alone")]
         torch.testing.assert_close(*outputs)
+
+    def test_what_is_timed_to_search_counts(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Every run of a session is one of the whole batch, also where the plan is taken over, and then once."""
+        ran: list[float] = []
+        plain = ProgramSession.run
+
+        def run(session: ProgramSession, feeds: Any) -> Any:
+            ran.append(session.program.parameter_count / 1000)
+            return plain(session, feeds)
+
+        monkeypatch.setattr("graphlathe.tools.bench.compress_methods.subject_of", Toy)
+        monkeypatch.setattr(ProgramSession, "run", run)
+        monkeypatch.setattr(milliseconds, "paired_rounds", partial(paired_rounds, clock=lambda: (sum(ran), sum(ran))))
+        made = "compress{sites=channels ratio=0.5 budget=ms steps=2 score=magnitude compensation=none}"
+        case, text = replace(TOY, work=str(tmp_path)), f"canonicalize,{made}"
+        first = run_pipeline(case.to_json(), LEVEL, str(tmp_path / "a.onnx"), text)
+        assert first["search_units"] >= len(ran) * 6 >= 2 * 11 * 6
+        again = run_pipeline(case.to_json(), LEVEL, str(tmp_path / "b.onnx"), text, then="distill{steps=2 hold_out=0}")
+        assert first["search_units"] < again["search_units"] < 1.5 * first["search_units"]
 
 
 class TestRecords:

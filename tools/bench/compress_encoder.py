@@ -71,13 +71,13 @@ class Encoder(Subject):
         ids = torch.arange(1000, 1024).reshape(2, 12)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
-    def calibration(self) -> list[Feeds]:
+    def pieces(self, count: int) -> list[Feeds]:
         """Paragraphs of the first domain's calibration slice, and of every second one only the first sentence.
 
         A sentence encoder is asked about short texts, too: here about titles.
         """
         paragraphs = self._corpus.slice(next(iter(self._corpus.domains)), "calibration").split("\n\n")
-        chosen = spread(paragraphs, self.case.calibration, "paragraphs")
+        chosen = spread(paragraphs, count, "paragraphs")
         return [self.feeds(text if index % 2 else first_sentence(text)) for index, text in enumerate(chosen)]
 
     def _pairs(self) -> tuple[list[Feeds], list[Feeds]]:

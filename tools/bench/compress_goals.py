@@ -149,14 +149,22 @@ def _extreme_goals(where: str, level: Level, base: Row, rows: Sequence[Measured]
 def _half_goals(where: str, level: Level, base: Row, rows: Sequence[Measured]) -> list[Goal]:
     """What narrower blocks keep of the dense model's quality, and how that compares with fewer whole ones."""
     score = scores_of(base["model"])[-1]
-    kept = {True: math.nan, False: math.nan}
-    for method, _, row in rows:
-        if cost_of(method, level, row) <= limit_of(level) * (1 + tolerance_of(level)):
-            kept[method.whole] = _value(row, score) / _value(base, score)
+    fitting = [each for each in rows if cost_of(*each) <= limit_of(level) * (1 + tolerance_of(level))]
+    whole = _best([each for each in fitting if each[0].whole], score)
+    narrow = [each for each in fitting if not each[0].whole]
+    # Equal parameters are not equal work.
+    limit = whole[2]["macs"] * (1 + TOLERANCE["macs"]) if whole else 0.0
+    as_fast = [each for each in narrow if each[2]["macs"] <= limit]
+    kept = _share(_best(narrow, score), base, score)
+    more = _share(_best(as_fast, score), base, score) - _share(whole, base, score)
     return [
-        Goal(f"{where}: share of the dense model's {score.column}", kept[False], HALVED, at_least=True),
-        Goal(f"{where}: the same, less that with whole blocks dropped", kept[False] - kept[True], 0.0, at_least=True),
+        Goal(f"{where}: share of the dense model's {score.column}", kept, HALVED, at_least=True),
+        Goal(f"{where}: the same at equal MACs, less that with whole blocks dropped", more, 0.0, at_least=True),
     ]
+
+
+def _share(found: Measured | None, base: Row, score: Score) -> float:
+    return _value(found[2], score) / _value(base, score) if found else math.nan
 
 
 def latency_over_macs(row: Row, base: Row) -> float:

@@ -70,9 +70,9 @@ class Language(Subject):
         whole = ids[: len(ids) // length * length].reshape(-1, 1, length)
         return spread(list(whole), count, f"windows of {length} tokens in '{part}'")
 
-    def calibration(self) -> list[Feeds]:
+    def pieces(self, count: int) -> list[Feeds]:
         """Windows of the first domain's calibration slice."""
-        return [{"input_ids": ids} for ids in self.windows("calibration", self.case.calibration)]
+        return [{"input_ids": ids} for ids in self.windows("calibration", count)]
 
     def timed(self) -> dict[str, Feeds]:
         """The first tokens of a test window, at each length."""

@@ -29,9 +29,9 @@ CALIBRATED = (
     "sklearn/datasets/images/china.jpg",
 )
 TESTED = (
+    "skimage/data/camera.png",
     "skimage/data/chelsea.png",
     "skimage/data/coffee.png",
-    "skimage/data/motorcycle_right.png",
     "skimage/data/retina.jpg",
     "sklearn/datasets/images/flower.jpg",
 )
@@ -73,9 +73,9 @@ class Photos(Subject):
         draw = np.random.default_rng(self.case.seed)
         return [{"inputs": crop(paths[index % len(paths)], draw)} for index in range(count)]
 
-    def calibration(self) -> list[Feeds]:
+    def pieces(self, count: int) -> list[Feeds]:
         """Crops of the photos to calibrate on."""
-        return self._crops(CALIBRATED, self.case.calibration)
+        return self._crops(CALIBRATED, count)
 
     def timed(self) -> dict[str, Feeds]:
         """One crop."""

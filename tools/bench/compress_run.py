@@ -144,7 +144,8 @@ def _names_another(only: str, model: str) -> bool:
 
 def _recipe(case: Case, method: Method | None = None, level: Level | None = None) -> str:
     """What tells whether a row of an earlier record is the same measurement: a hash of all that it was made from."""
-    sizes = {key: value for key, value in case.to_json().items() if key not in ("peers", "work")}
+    others = ("peers", "work") if method is not None and method.trained else ("peers", "work", "training")
+    sizes = {key: value for key, value in case.to_json().items() if key not in others}
     made = None if method is None else [method.by, method.label, method.step, dict(method.arguments)]
     # A limit in milliseconds is a share of what the dense model took in this run; ``main`` says who else is asked.
     left_out = ("ms", "main")

@@ -46,6 +46,7 @@ class Case:
         layers: only the model's first blocks, for runs that test the flow; None: all.
         window: tokens of a piece of text (an encoder's texts are cut there).
         calibration: pieces of text, or crops, to calibrate on.
+        training: pieces of the same source for what trains; 0: those to calibrate on.
         test: pieces to measure on, of each domain.
         lengths: sequence lengths that are timed.
         rounds: undisturbed rounds that a time is the median of.
@@ -58,6 +59,7 @@ class Case:
     layers: int | None = None
     window: int = 256
     calibration: int = 32
+    training: int = 0
     test: int = 32
     lengths: tuple[int, ...] = (1, 64, 256)
     rounds: int = 9
@@ -125,8 +127,16 @@ class Subject(ABC):
         """Inputs to trace with."""
 
     @abstractmethod
+    def pieces(self, count: int) -> list[Feeds]:
+        """So many pieces of what methods may look at, evenly spread over it."""
+
     def calibration(self) -> list[Feeds]:
         """What a method may look at."""
+        return self.pieces(self.case.calibration)
+
+    def training(self) -> list[Feeds]:
+        """What a method may train on: more of the same source, which only training has the time to read."""
+        return self.pieces(self.case.training or self.case.calibration)
 
     @abstractmethod
     def timed(self) -> dict[str, Feeds]:

@@ -128,6 +128,7 @@ class Outcome:
         state, score, cost: the best state, its mean score on all batches of the last stage, and what it costs.
         limit: what it was allowed to cost.
         history: generation by generation.
+        parents: the states that led, from the best start to the last.
         points: everything that was scored on all batches of the last stage, in this order.
         evaluations: how many scores of a state on a batch were needed.
         reused: how many of them were known before (from a journal, or an earlier search); it depends on what ran
@@ -141,6 +142,7 @@ class Outcome:
     cost: float
     limit: float
     history: tuple[Generation, ...]
+    parents: tuple[State, ...]
     points: tuple[Point, ...]
     evaluations: int
     stopped: str
@@ -193,6 +195,7 @@ def evolve(
     search = _Search(table, limit, evaluations, settings)
     known = evaluations.evaluated
     parent = search.start(seeds)
+    parents = [parent]
     stopped, waited = "generations", 0
     for number in progress(range(1, settings.generations + 1), settings.generations, "evolution"):
         offspring = search.offspring(parent)
@@ -204,6 +207,7 @@ def evolve(
         ranked = sorted(candidates, key=lambda state: (search.points[state], state))
         better = next((state for state in ranked if search.better(state, parent)), None)
         parent, waited = (parent, waited + 1) if better is None else (better, 0)
+        parents += [] if better is None else [better]
         search.note(number, parent, len(offspring), accepted=better is not None)
         if waited == settings.patience:
             stopped = "patience"
@@ -214,6 +218,7 @@ def evolve(
         cost=table.cost(parent),
         limit=limit,
         history=tuple(search.history),
+        parents=tuple(parents),
         points=tuple(Point(state, table.cost(state), score) for state, score in search.points.items()),
         evaluations=len(search.asked),
         stopped=stopped,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -32,11 +33,11 @@ def table() -> tuple[Table, LevelTable, float]:
     return known, known.levels(), known.limit(0.3, None)
 
 
-def run(ctx: Context, settings: Settings = SETTINGS) -> tuple[Any, dict[str, Any]]:
+def run(ctx: Context, settings: Settings = SETTINGS, finalists: int = 1) -> tuple[Any, dict[str, Any]]:
     known, levels, limit = table()
     batches = ctx.calibration or ()
     seeds = cheap_states(levels, limit)
-    return search(traced("bert"), known.places, levels, limit, batches, ctx, settings, seeds)
+    return search(traced("bert"), known.places, levels, limit, batches, ctx, settings, seeds, finalists)
 
 
 def test_the_best_fits_and_the_history_is_json() -> None:
@@ -85,6 +86,58 @@ def test_an_interrupted_search_goes_on_without_evaluating_again(
     assert len(list((tmp_path / "new" / "journal").iterdir())) == 2
 
 
+def test_the_seed_draws_which_batches_a_stage_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else every small stage would judge on the first window of the calibration text."""
+    ctx = context("bert", 5)
+    given, judged = list(ctx.calibration or ()), set[tuple[int, int]]()
+
+    def score(candidates: Candidates, state: Any, number: int) -> float:
+        judged.add((number, next(i for i, batch in enumerate(given) if batch is candidates.batches[number])))
+        return float(sum(state)) + number
+
+    def order(seed: int) -> list[int]:
+        judged.clear()
+        run(
+            replace(ctx, journal=tmp_path / "journal"),
+            replace(SETTINGS, seed=seed, stages=(Stage(2, 1), Stage(1, 3)), generations=1),
+        )
+        return [batch for _, batch in sorted(judged)]
+
+    monkeypatch.setattr(Candidates, "__call__", score)
+    orders = [order(seed) for seed in range(8)]
+    assert all(len(found) == 3 == len(set(found)) for found in orders), "one batch by each number"
+    assert {found[0] for found in orders} == set(range(5)) and {b for found in orders for b in found} == set(range(5))
+    # What is in a journal is known by its number: searches with other orders must not share one.
+    assert len(list((tmp_path / "journal").iterdir())) == len({tuple(found) for found in orders})
+    assert order(3) == [], "all of it is in the journal"
+    shutil.rmtree(tmp_path / "journal")
+    assert order(3) == orders[3]
+
+
+def test_finalists_are_judged_on_all_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start that only the stages' batches speak against is what is taken, and the plan says how it went."""
+    ctx = context("bert", 6)
+    judged: list[int] = []
+
+    def late(state: Any) -> int:
+        return sum(place * level for place, level in enumerate(state))
+
+    def score(candidates: Candidates, state: Any, number: int) -> float:
+        judged.append(number)
+        return 100.0 + late(state) * (-1 if number < 2 else 1)
+
+    monkeypatch.setattr(Candidates, "__call__", score)
+    settings = replace(SETTINGS, stages=(Stage(1, 2),), generations=20)
+    outcome, history = run(ctx, settings)
+    first, last = outcome.parents[0], outcome.parents[-1]
+    assert outcome.state == last != first and set(judged) == {0, 1} and history["finalists"] == []
+    outcome, history = run(ctx, settings, 2)
+    assert outcome.state == first and set(judged) == set(range(6))
+    wanted = [100 + late(state) / 3 for state in (last, first)]
+    assert [point["score"] for point in history["finalists"]] == pytest.approx(wanted)
+    assert history["chosen"] == {"cost": outcome.cost, "score": 100.0 - late(first)}
+
+
 def test_an_executor_gives_what_this_process_gives(tmp_path: Path) -> None:
     here, history = run(context("bert", 2))
     home = tmp_path / "not" / "yet"
@@ -94,6 +147,9 @@ def test_an_executor_gives_what_this_process_gives(tmp_path: Path) -> None:
         assert run(replace(ctx, workspace=None))[0].state == there.state
     assert there.state == here.state and there.score == pytest.approx(here.score, rel=1e-5)
     assert history["tokens"] and other["tokens"] is None
+    assert [p["score"] for p in other["evaluated"]] == pytest.approx(
+        [p["score"] for p in history["evaluated"]], rel=1e-5
+    )
     assert list(home.iterdir()) == []
 
 

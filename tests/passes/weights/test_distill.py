@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from graphlathe.ir.errors import PreconditionError
+from graphlathe.ir.errors import InputError, PreconditionError
 from graphlathe.ir.from_torch import trace
 from graphlathe.ir.program import Program
 from graphlathe.passes.base import Context
 from graphlathe.passes.manager import PassManager
+from graphlathe.passes.optimize import optimize
 from graphlathe.passes.weights.distill import Distill
 from graphlathe.tools import zoo
 from tests.passes.channels.tiny import Mlp, data, refused, run, stack
@@ -55,6 +58,24 @@ def test_it_heals_what_dropping_a_block_did() -> None:
     # The report's own number is this one.
     assert report.rows[-1].total_drift is not None
     assert report.rows[-1].total_drift.kl == pytest.approx(after, rel=1e-3)
+
+
+@pytest.mark.xdist_group("llama")
+def test_a_teacher_can_be_given(tmp_path: Path) -> None:
+    """What was shortened and saved earlier learns from the original as it would have in one pipeline."""
+    model, program = zoo.get("llama"), traced("llama")
+    batches = [program.feeds(**model.inputs(size)) for size in model.unseen_sizes]
+    settings: dict[str, Any] = {"calibration": batches, "progress": False, "costs": False}
+    distill = "distill{steps=2 hold_out=0}"
+    whole = optimize(program, passes=f"shortgpt{{blocks=1}},{distill}", **settings)
+    short = optimize(program, passes="shortgpt{blocks=1}", **settings)
+    for given, teacher in ((short, program), (short.save(tmp_path / "short"), program.save(tmp_path / "whole"))):
+        later = optimize(given, passes=distill, teacher=teacher, **settings)
+        assert all(torch.equal(w.tensor(), later.weights[n].tensor()) for n, w in whole.weights.items())
+    alone = optimize(short, passes=distill, **settings)
+    assert any(not torch.equal(w.tensor(), alone.weights[n].tensor()) for n, w in whole.weights.items())
+    with pytest.raises(InputError, match="the teacher's inputs are"):
+        optimize(short, passes=distill, teacher=traced("vit"), **settings)
 
 
 def disturbed(seed: int = 0) -> tuple[Program, Program]:

@@ -254,7 +254,7 @@ def test_nothing_known_is_evaluated_again() -> None:
 
 def test_the_outcome_as_json_and_its_pareto_points() -> None:
     points = tuple(Point((n,), cost, score) for n, (cost, score) in enumerate([(3, 1.0), (2, 2.0), (2, 3.0), (1, 2.0)]))
-    found = Outcome((0,), 1.0, 3, 3, (), points, 4, "patience", 0)
+    found = Outcome((0,), 1.0, 3, 3, (), ((0,),), points, 4, "patience", 0)
     assert [point.state for point in found.pareto()] == [(3,), (0,)]
     plain = json.loads(json.dumps(found.to_json(), allow_nan=False))
     assert plain["points"][1] == {"state": [1], "cost": 2, "score": 2.0}
