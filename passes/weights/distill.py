@@ -47,6 +47,7 @@ class Distill(Pass):
     hold_out: float = option(0.1, ge=0, lt=1, help="share of the batches kept aside to decide when to stop")
     evaluate_every: int = option(25, ge=1, help="steps between two looks at what is held out")
     patience: int = option(4, ge=1, help="looks without improvement after which training stops")
+    embeddings: bool = option(False, help="train embedding tables, and output maps tied to them, as well")
     seed: int = option(0, ge=0, help="order of the data")
 
     def check(self, program: Program, ctx: Context) -> None:
@@ -76,6 +77,7 @@ class Distill(Pass):
             hold_out=self.hold_out,
             evaluate_every=self.evaluate_every,
             patience=self.patience,
+            embeddings=self.embeddings,
             seed=self.seed,
             warmup=min(20, self.steps),
         )

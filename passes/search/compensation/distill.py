@@ -53,7 +53,8 @@ def distill(
         teacher: the original, with the same inputs and outputs. It is not changed.
         batches: named inputs.
         settings: how.
-        trainable: names of the weights to train; by default all parameters (`trainable.trainable_weights`).
+        trainable: names of the weights to train; by default all parameters (`trainable.trainable_weights`), as far as
+            the settings' ``embeddings`` says.
         features: pairs of a value of ``program`` and one of ``teacher`` of the same shape that should agree.
         progress: shows a bar.
 
@@ -67,7 +68,7 @@ def distill(
     """
     if settings.steps == 0:
         return DistillReport()
-    names = _names(program, trainable)
+    names = _names(program, trainable, settings)
     if not batches:
         raise PreconditionError("distillation needs calibration data", pass_name=_NAME, remedy="pass calibration=")
     run = _Distillation(program, teacher, batches, settings, names, features)
@@ -79,9 +80,9 @@ def distill(
     return report
 
 
-def _names(program: Program, trainable: Collection[str] | None) -> list[str]:
+def _names(program: Program, trainable: Collection[str] | None, settings: DistillSettings) -> list[str]:
     if trainable is None:
-        found = trainable_weights(program)
+        found = trainable_weights(program, tables=settings.embeddings)
         if not found:
             raise PreconditionError(
                 "nothing to train: no weight of the program is a parameter in floating point",

@@ -28,6 +28,8 @@ class DistillSettings:
         evaluate_every: steps between two looks at the held-out batches.
         patience: looks without a better loss after which training stops.
         feature_weight: of the features' loss beside the outputs'.
+        embeddings: whether tables that are looked up are trained, with the output maps that are tied to them. Few of
+            their rows are seen in little data, and those would move away from the others.
         cache_bytes: memory for what the teacher says.
         seed: of the choice and the order of batches.
 
@@ -47,6 +49,7 @@ class DistillSettings:
     evaluate_every: int = 25
     patience: int = 4
     feature_weight: float = 1.0
+    embeddings: bool = False
     cache_bytes: int = 1 << 30
     seed: int = 0
 

@@ -55,11 +55,12 @@ _ROTARY = "graphlathe.rotary_embedding"
 _DEPTH = 8
 
 
-def trainable_weights(program: Program) -> list[str]:
+def trainable_weights(program: Program, *, tables: bool = True) -> list[str]:
     """The names of the main entry's parameters, in the order of their first use (see the module's text).
 
     Args:
         program: a program; it is not changed.
+        tables: whether tables whose rows are looked up are among them, and what shares their numbers: a tied output map.
     """
     flow = Flow(program.main)
     active = _activations(flow)
@@ -72,7 +73,16 @@ def trainable_weights(program: Program) -> list[str]:
             own = program.weights[str(weight.target)]
             if own.dtype.is_floating_point and own.numel > 1:
                 found[str(weight.target)] = None
-    return list(found)
+    if tables:
+        return list(found)
+    looked_up = [program.weights[name] for name in _tables(flow) & found.keys()]
+    return [name for name in found if not any(program.weights[name].shares_storage(table) for table in looked_up)]
+
+
+def _tables(flow: Flow) -> set[str]:
+    """Weights whose rows are looked up."""
+    below = (_weight_below(node.args[_LOOKUPS[op_name(node)]]) for node in flow.nodes if _is_lookup(node))
+    return {str(weight.target) for weight in below if weight is not None}
 
 
 def _activations(flow: Flow) -> set[fx.Node]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from graphlathe.passes.search.compensation.targets import Distribution, divergen
 from graphlathe.passes.search.compensation.trainable import trainable_weights
 from tests.zoo_programs import module, traced, zoo_parameters
 
-SHORT = DistillSettings(steps=8, learning_rate=3e-3, warmup=2, evaluate_every=2, hold_out=0.25)
+SHORT = DistillSettings(steps=8, learning_rate=3e-3, warmup=2, evaluate_every=2, hold_out=0.25, embeddings=True)
 
 
 def perturbed(program: Program, scale: float = 0.3, seed: int = 0) -> Program:
@@ -244,6 +245,26 @@ def test_two_views_of_one_tensor_stay_views_of_one_tensor() -> None:
     assert student.weights[table].shares_storage(student.weights[head])
     assert torch.equal(student.weights[table].tensor().T, student.weights[head].tensor())
     assert not torch.equal(student.weights[table].tensor(), teacher.weights[table].tensor())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5"])
+def test_tables_and_what_is_tied_to_them_may_stay(name: str) -> None:
+    """Embeddings of words, positions and types, and tied heads, stay; an output map of its own is trained."""
+    program = traced(name)
+    own, everything = (trainable_weights(program, tables=tables) for tables in (False, True))
+    eager = dict(module(name).named_parameters(remove_duplicate=False))
+    tables = {id(m.weight) for m in module(name).modules() if isinstance(m, nn.Embedding)}
+    assert set(own) == {n for n in everything if id(eager[n]) not in tables} < set(everything)
+
+
+def test_tied_weights_are_left_alone_by_default() -> None:
+    torch.manual_seed(0)
+    teacher = trace(Tied(), {"ids": torch.zeros(3, 5, dtype=torch.int64)})
+    student = perturbed(teacher)
+    before = dict(student.weights)
+    report = distill(student, teacher, _ids(), replace(SHORT, embeddings=False))
+    assert report.best_step > 0 and report.parameters == 8 * 8 + 8
+    assert {n for n, weight in student.weights.items() if weight is not before[n]} == {"middle.weight", "middle.bias"}
 
 
 @pytest.mark.parametrize(
