@@ -110,7 +110,7 @@ _LANGUAGE, _ENCODER, _PHOTOS = ("smollm2-135m",), ("minilm-l6",), ("efficientnet
 _EVERYTHING = "mlp,heads,drop-attention,drop-mlp"
 
 _DISTILL = {
-    _LANGUAGE: "distill{steps=400 learning_rate=0.0001}",
+    _LANGUAGE: "distill{steps=400 learning_rate=0.0002 hold_out=0.02 evaluate_every=50}",
     _ENCODER: "distill{steps=300 learning_rate=0.0002 batches_per_step=8}",
     _PHOTOS: "distill{steps=300 learning_rate=0.0001}",
 }
