@@ -11,7 +11,7 @@ import copy
 import os
 import secrets
 import shutil
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,9 @@ _BESIDE = (
 """What lies beside the weights and stays as it is: tokenizer, processor, generation settings, license."""
 
 _MOST_TRIALS = 8
-_UNIFORM = "cut all layers to the same size (the uniform allocator does), or export ONNX, which has no such limits"
+_UNIFORM = "cut all layers to the same size (edit the plan to that), or export ONNX, which has no such limits"
 _ONNX = "export ONNX, which has no such limits"
+_UNDO = "undo changes to the graph that no configuration says"
 
 
 def to_hub(
@@ -196,11 +197,14 @@ class _Export:
         stored = read_checkpoint(self.source) if self.source is not None else {}
         lacking = [name for name in missing if name not in stored or stored[name].shape != self.old[name]]
         if lacking:
+            foreign = self._foreign()
             raise ExportError(
-                f"the program does not read '{lacking[0]}', which {self._architecture} has"
-                + (f" (and {len(lacking) - 1} more)" if len(lacking) > 1 else ""),
-                expected="every weight of the architecture",
-                remedy="pass the original folder as config, from which weights that nothing reads are taken",
+                f"the program does not read '{lacking[0]}'{_more(lacking)}, which {self._architecture} has"
+                + self._also_reads(foreign),
+                expected="every weight of the architecture" + (", and no other" if foreign else ""),
+                remedy=_ONNX
+                if foreign
+                else "pass the original folder as config, from which weights that nothing reads are taken",
             )
         return {name: stored[name] for name in missing}
 
@@ -231,25 +235,28 @@ class _Export:
             if len(tried) == _MOST_TRIALS:
                 break
         if tried:
-            foreign = sorted(self._foreign())
+            foreign = self._foreign()
+            biases = bool(foreign) and all(name.endswith("bias") for name in foreign)
+            undo = "use a pass that adds no biases, such as compress{compensation=none}" if biases else _UNDO
             raise ExportError(
                 f"{self._architecture} has the program's shapes under another configuration, but computes something "
-                f"else ({'; '.join(tried)})"
-                + (f"; the program also reads '{foreign[0]}', which it has not" if foreign else ""),
+                f"else ({'; '.join(tried)})" + self._also_reads(foreign),
                 expected=f"outputs that are equal within {self.tolerance:.0e}",
-                remedy=f"undo changes to the graph that no configuration says, or {_ONNX}",
+                remedy=f"{undo}, or {_ONNX}",
             )
         raise self._refusal(search)
 
-    def _foreign(self) -> set[str]:
-        """Weights that the program reads and the architecture does not have (its own tables left out)."""
+    def _also_reads(self, foreign: Sequence[str]) -> str:
+        if not foreign:
+            return ""
+        return f"; the program also reads '{foreign[0]}'{_more(foreign)}, which {self._architecture} has not"
+
+    def _foreign(self) -> list[str]:
+        """Weights that the program reads and the architecture does not have (its own tables left out), sorted."""
         model = empty_model(self.config, self.architecture, self.dtype)
         known = {self.program.tied.get(name, name) for name in self.own} | {f"{name}_transposed" for name in self.own}
-        return {
-            name
-            for name in self.program.used_weights() - known - dict(model.named_buffers()).keys()
-            if self.program.weights[name].numel > 1
-        }
+        unknown = self.program.used_weights() - known - dict(model.named_buffers()).keys()
+        return sorted(name for name in unknown if self.program.weights[name].numel > 1)
 
     def _filled(self, config: Any) -> Any:
         model = empty_model(config, self.architecture, self.dtype)
@@ -387,6 +394,10 @@ def _epsilon(node: fx.Node) -> float | None:
 def _parts(config: Any) -> list[Any]:
     """A configuration and those inside it."""
     return [config, *filter(None, (getattr(config, name, None) for name in getattr(config, "sub_configs", {})))]
+
+
+def _more(names: Sequence[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
 def _said(changes: Mapping[str, Any]) -> str:

@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..ir.errors import InputError
+from ..passes.search.linear_texts import kept_share
+
+_LINEAR = "linear"  # the kind of sites that are weights
+_LONG = ("shape=", "was=", "method=", "group=")
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,8 @@ class Site:
         removed: those that went.
         scores: one for each unit, NaN where there is none; None without scores.
         level: what was chosen for it.
+        share: of a layer whose weight is stored at a level, what that leaves of it (NaN where it does not say); None
+            where units go.
     """
 
     label: str
@@ -31,10 +37,18 @@ class Site:
     removed: tuple[int, ...]
     scores: tuple[float, ...] | None
     level: str
+    share: float | None = None
+
+    @property
+    def short_level(self) -> str:
+        """The level in few words: how a weight is stored, without what it was and how that was found."""
+        return " ".join(word for word in self.level.split() if not word.startswith(_LONG))
 
     @property
     def kept_percent(self) -> float:
-        """Share of the units that stay, in percent."""
+        """Share of the units, or of the weight, that stays, in percent; NaN where nothing says."""
+        if self.share is not None:
+            return 100 * self.share
         return 100 * (self.units - len(self.removed)) / self.units if self.units else 0.0
 
 
@@ -114,7 +128,7 @@ def read_plan(plan: Mapping[str, Any]) -> PlanData:
         return PlanData(tuple(sites), None if raw is None else _search(raw))
     except KeyError as error:
         raise InputError(f"the plan's '{place}' has no {error}") from error
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, InputError) as error:
         raise InputError(f"the plan's '{place}' cannot be drawn: {error}") from error
 
 
@@ -127,7 +141,10 @@ def _site(raw: Mapping[str, Any]) -> Site:
         scores = tuple(_number(s) for s in scores)
         if len(scores) != units:
             raise ValueError(f"{len(scores)} scores for {units} units")
-    block = raw.get("block")
+    block, level, share = raw.get("block"), str(raw.get("level") or ""), None
+    if level and raw["kind"] == _LINEAR:
+        known = kept_share(level)
+        share = math.nan if known is None else known
     return Site(
         label=str(raw["label"]),
         kind=str(raw["kind"]),
@@ -135,7 +152,8 @@ def _site(raw: Mapping[str, Any]) -> Site:
         units=units,
         removed=removed,
         scores=scores,
-        level=str(raw.get("level") or ""),
+        level=level,
+        share=share,
     )
 
 

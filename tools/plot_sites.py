@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _NAMED = 48  # Bars up to which there is room for the name of each one's level.
-_LEVEL = 12  # Bars up to which those names need not be turned.
+_LEVEL = 12  # Bars up to which those names need not be turned,
+_LETTERS = 14  # where they are no longer than that.
 _CELLS = 64  # Units up to which each has a cell of its own.
 _SHARES = 100  # Cells of a column that stand for more units than that.
 _AROUND = 1.0  # Inches above and below the cells of a map.
@@ -26,7 +27,7 @@ _MANY = 100  # Scores from which on a few may lie outside the color scale.
 
 
 def keep_ratios(plan: PlanData) -> Figure:
-    """A bar for each site: the share of its units that stays. One panel for each kind."""
+    """A bar for each site: the share of its units, or of its weight, that stays. One panel for each kind."""
     from matplotlib.figure import Figure
 
     kinds = plan.kinds
@@ -45,35 +46,47 @@ def keep_ratios(plan: PlanData) -> Figure:
 
 def _bars(axes: Axes, kind: str, sites: Sequence[Site], color: str) -> None:
     places = range(len(sites))
-    kept = [site.kept_percent for site in sites]
-    axes.bar(places, [100] * len(sites), width=0.8, color=FAINT, label="removed")
+    unknown = [i for i, site in enumerate(sites) if math.isnan(site.kept_percent)]
+    kept = [0.0 if i in unknown else site.kept_percent for i, site in enumerate(sites)]
+    axes.bar(places, [0 if i in unknown else 100 for i in places], width=0.8, color=FAINT, label="removed")
     axes.bar(places, kept, width=0.8, color=color, label="kept")
-    gone = [i for i, share in enumerate(kept) if share == 0]
+    gone = [i for i, share in enumerate(kept) if share == 0 and i not in unknown]
     if gone:
         axes.plot(gone, [6] * len(gone), "x", color=INK, markersize=5 if len(sites) <= _NAMED else 3)
     if len(sites) <= _NAMED:
-        for place, site in enumerate(sites):
+        turned = len(sites) > _LEVEL or max(len(site.short_level) for site in sites) > _LETTERS
+        for place, (site, share) in enumerate(zip(sites, kept, strict=True)):
             # Where little stays, the name stands above the bar, on the removed part.
-            inside = site.kept_percent >= 50
+            inside = share >= 50
             axes.text(
                 place,
-                4 if inside else min(site.kept_percent, 94) + (14 if site.kept_percent == 0 else 4),
-                site.level,
-                rotation=90 if len(sites) > _LEVEL else 0,
+                4 if inside else min(share, 94) + (14 if share == 0 else 4),
+                site.short_level,
+                rotation=90 if turned else 0,
                 ha="center",
                 va="bottom",
                 fontsize=7,
                 color="white" if inside else INK,
             )
-    before, after = sum(s.units for s in sites), sum(s.units - len(s.removed) for s in sites)
-    share = f" ({100 * after / before:.0f} %)" if before else ""
     dropped = f"; {len(gone)} of {len(sites)} gone altogether (×)" if gone else ""
-    axes.set_title(f"{kind}: {after:,} of {before:,} units stay{share}{dropped}")
-    axes.set_ylim(0, 100)
+    dropped += f"; {len(unknown)} of {len(sites)} do not say how much" if unknown else ""
+    axes.set_title(f"{kind}: {_stays(sites)}{dropped}")
+    axes.set_ylim(0, max(100, *kept))
     axes.set_yticks([0, 25, 50, 75, 100])
-    axes.set_ylabel("units kept (%)")
+    axes.set_ylabel("kept (%)")
     axes.yaxis.grid(True)
     number_ticks(axes, *_names(sites))
+
+
+def _stays(sites: Sequence[Site]) -> str:
+    """How much of sites of one kind stays together. Untouched weights do not say how large they are."""
+    if any(site.share is not None for site in sites):
+        known = [site.kept_percent for site in sites if not math.isnan(site.kept_percent)]
+        mean = f"{sum(known) / len(known):.0f} %" if known else "an unknown share"
+        return f"{mean} stays on average"
+    before, after = sum(s.units for s in sites), sum(s.units - len(s.removed) for s in sites)
+    share = f" ({100 * after / before:.0f} %)" if before else ""
+    return f"{after:,} of {before:,} units stay{share}"
 
 
 def score_maps(plan: PlanData) -> dict[str, Figure]:

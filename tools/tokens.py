@@ -179,8 +179,12 @@ def calibration_feeds(
             arrays = load_arrays(path)
             if path.suffix == ".npy" and len(program.main.inputs) == 1:
                 arrays = {program.main.inputs[0]: arrays["array"]}
-            feeds = program.feeds(**arrays)
-            program.check_feeds(feeds)
+            try:
+                feeds = program.feeds(**arrays)
+                program.check_feeds(feeds)
+            except InputError as error:
+                message = f"in the calibration file '{path}': {error.message}"
+                raise InputError(message, expected=error.expected, remedy=error.remedy) from error
             batches.append(feeds)
         else:
             text = read_text(path)

@@ -87,6 +87,8 @@ class Comp(WidthPass):
         neurons = _found_again(plan.decisions, shorter, program, data, ctx)
         whole = replace(plan, decisions=(*dropped.decisions, *neurons), program=program.fingerprint())
         whole = whole.with_budget(before=table.total)
+        if recipe.unit == "ms":
+            whole = whole.with_budget(runs=table.runs + smaller.runs)
         return carry_out(program, whole, ctx, self.name, table=table)
 
     @classmethod

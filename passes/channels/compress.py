@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
+from ...ir.errors import PipelineError
 from ...ir.program import Program
 from ..base import Case, Context, Effect, Stats, option
 from ..search.allocators.evolution import Settings
@@ -39,7 +40,7 @@ class Compress(WidthPass):
     """Cut channels, heads and branches by any choice of score, allocator and compensation.
 
     Raises:
-        PipelineError: none or several of ``ratio`` and ``target`` are given.
+        PipelineError: none or several of ``ratio`` and ``target`` are given, or a ``rank`` where nothing is dropped.
         PreconditionError: the model has no such sites, the budget is out of reach (the message names the smallest that
             is, and what blocks more), or calibration data is missing or bad.
     """
@@ -64,6 +65,16 @@ class Compress(WidthPass):
     generations: int = option(50, ge=0, help="evolution: generations at most")
     offspring: int = option(16, ge=1, help="evolution: new candidates per generation")
     seed: int = option(0, ge=0, help="evolution: equal seeds give equal searches")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank and not set(self.sites) & set(DROPS):
+            raise PipelineError(
+                f"rank={self.rank} is for maps in the place of what is dropped whole, and "
+                f"sites={','.join(self.sites)} only cuts",
+                expected=f"one of {', '.join(DROPS)} among the sites",
+                remedy="leave out rank, or add what may be dropped",
+            )
 
     def recipe(self) -> Recipe:
         """The options as a recipe."""

@@ -176,9 +176,7 @@ class Tyr(WidthPass):
                 state = tuple(_like(place, level.count) for place, level in zip(table.places, old, strict=True))
             levels = table.levels()
             seeds = cheap_states(levels, limit) | ({"last round": state} if iteration else {})
-            outcome, found = search(
-                program, table.places, levels, limit, batches, ctx, settings, seeds, self.finalists
-            )
+            outcome, found = search(program, table.places, levels, limit, batches, ctx, settings, seeds, self.finalists)
             state = outcome.state
             history = _joined(history, found)
         return state, history

@@ -23,16 +23,17 @@ parameter counts that it reports, and the closed forms and ``reads=stream`` are 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
 
-from ...ir.axes import cut_all
 from ...ir.errors import PipelineError, PreconditionError
 from ...ir.program import Program
 from ..base import Case, Context, Effect, Pass, Prop, Stats, option, same_outputs
+from ..search.apply import apply_plan
 from ..search.compensation.distill import DistillSettings, distill, split
+from ..search.plan import PARTIAL, Decision, Plan
 from ..search.sites import ChannelSite
 from .blocks import HeadBlock, find_sites, head_blocks
 from .expander import expand
@@ -112,6 +113,7 @@ class Shrp(Pass):
         stats = Stats()
         if self._keeps_all:
             stats.notes.append("every head stays")
+            self._write(program, self._plan(program, [], stats), stats)
             return stats
         found = ctx.structure(program)
         sites = find_sites(program, found)
@@ -125,7 +127,8 @@ class Shrp(Pass):
                     pass_name=self.name,
                     remedy="run the pass 'raise' first, or see `graphlathe dump --format tree MODEL`",
                 )
-            self._prune(program, chosen, self._usage(program, chosen, ctx), stats)
+            plan = self._prune(program, chosen, self._usage(program, chosen, ctx), ctx, stats)
+            self._write(program, plan, stats)
             return stats
         blocks = head_blocks(program, found, sites, stats, self.blocks)
         if not blocks:
@@ -142,13 +145,16 @@ class Shrp(Pass):
             counts = [self._keep(block.heads) for block in blocks]
             settings = self._settings(self.router_steps, ctx)
             usage, report = trained_usage(program, teacher, blocks, counts, usage, batches, settings)
+            self._check_numbers([block.heads for block in blocks], usage)
             stats.plan["router"] = report.as_dict()
-        self._prune(program, [block.heads for block in blocks], usage, stats)
+        plan = self._prune(program, [block.heads for block in blocks], usage, ctx, stats)
         self._expand(program, teacher, blocks, ctx, stats)
         features = [(block.block.end, twin(teacher, block.block.end)) for block in blocks]
         settings = self._settings(self.steps, ctx)
         report = distill(program, teacher, batches, settings, features=features, progress=ctx.progress)
         stats.plan["distillation"] = report.as_dict()
+        self._write(program, replace(plan, compensation=PARTIAL), stats)
+        stats.notes.append("the plan holds the heads that went: expanders and training are not in it")
         return stats
 
     def _settings(self, steps: int, ctx: Context) -> DistillSettings:
@@ -164,6 +170,10 @@ class Shrp(Pass):
 
     def _usage(self, program: Program, sites: Sequence[ChannelSite], ctx: Context) -> list[torch.Tensor]:
         usage = head_usage(program, sites, ctx.calibration or (), ctx.progress)
+        self._check_numbers(sites, usage)
+        return usage
+
+    def _check_numbers(self, sites: Sequence[ChannelSite], usage: Sequence[torch.Tensor]) -> None:
         for site, found in zip(sites, usage, strict=True):
             if bool(found.isnan().any()):
                 raise PreconditionError(
@@ -173,24 +183,35 @@ class Shrp(Pass):
                     expected="finite numbers",
                     remedy="look for NaN or infinity in the calibration data and the weights",
                 )
-        return usage
 
     def _prune(
-        self, program: Program, sites: Sequence[ChannelSite], usage: Sequence[torch.Tensor], stats: Stats
-    ) -> None:
-        """Cut all heads but the most used ones of each site, and write the choice into the plan."""
+        self, program: Program, sites: Sequence[ChannelSite], usage: Sequence[torch.Tensor], ctx: Context, stats: Stats
+    ) -> Plan:
+        """Cut all heads but the most used ones of each site."""
+        routed = self.stage == "expand" and self.router_steps > 0
         rows: list[dict[str, Any]] = []
-        choices: list[tuple[Any, list[int]]] = []
+        decisions: list[Decision] = []
         for site, used in zip(sites, usage, strict=True):
-            kept = most_used(used, self._keep(site))
-            rows.append({"block": site.block, "unit": site.group.unit, "kept": kept, "usage": used.tolist()})
-            if len(kept) < site.size:
-                choices.append((site.group, kept))
-        stats.plan["stage"] = self.stage
-        stats.plan["heads"] = rows
-        if choices:
-            cut_all(program, choices, made_by=self.name)
-        stats.hits = len(choices) if self.stage == "prune" else len(sites)
+            kept, scores = most_used(used, self._keep(site)), used.tolist()
+            removed = tuple(head for head in range(site.size) if head not in kept)
+            why = "every head stays" if not removed else f"lowest {'routed' if routed else 'top-1'} usage"
+            rows.append({"block": site.block, "unit": site.group.unit, "kept": kept, "usage": scores})
+            decisions.append(
+                Decision(site.kind, site.index, site.label, site.block, site.size, removed, "", why, tuple(scores))
+            )
+        plan = self._plan(program, decisions, stats)
+        stats.notes += apply_plan(program, plan, ctx, self.name).notes
+        stats.plan |= {"stage": self.stage, "heads": rows}
+        stats.hits = len(plan.changes) if self.stage == "prune" else len(sites)
+        return plan
+
+    def _plan(self, program: Program, decisions: Sequence[Decision], stats: Stats) -> Plan:
+        budget = {"unit": "params", "before": program.parameter_count}
+        blocked = dict(stats.misses)
+        return Plan(tuple(decisions), self.to_text(), program=program.fingerprint(), budget=budget, blocked=blocked)
+
+    def _write(self, program: Program, plan: Plan, stats: Stats) -> None:
+        stats.plan |= plan.with_budget(after=program.parameter_count).to_json()
 
     def _expand(
         self, program: Program, teacher: Program, blocks: Sequence[HeadBlock], ctx: Context, stats: Stats

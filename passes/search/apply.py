@@ -21,7 +21,7 @@ from .biases import give_bias
 from .correct import correct
 from .linear_apply import KIND as LINEAR
 from .linear_apply import apply_linear
-from .plan import Decision, Plan
+from .plan import PARTIAL, Decision, Plan
 from .refit import METHODS, Cut, refit, why_not_fitted
 from .sites import KINDS, ChannelSite, channel_sites
 from .units import GRANULARITIES, Unit, removable_units, replacements
@@ -68,11 +68,17 @@ def apply_plan(
         fit: whether to compensate; without, the program has the right size and the wrong weights.
 
     Raises:
-        PreconditionError: the plan names a place that the program does not have, or that cannot be cut or dropped; or
-            compensation lacks calibration data.
+        PreconditionError: the plan is only a part of what its pass did; it names a place that the program does not
+            have, or that cannot be cut or dropped; or compensation lacks calibration data.
         VerifyError: as `ir.axes.cut`.
     """
     result = Applied()
+    if plan.compensation == PARTIAL:
+        raise PreconditionError(
+            f"the plan holds only what '{plan.made_by}' removed: what it put in its place, and trained, is not in it",
+            pass_name=made_by,
+            remedy='run that pass itself; or write "compensation": "none" into the plan, and only that is removed',
+        )
     if plan.compensation not in COMPENSATIONS:
         raise PreconditionError(
             f"the plan asks for the compensation '{plan.compensation}'",
@@ -107,6 +113,8 @@ def apply_plan(
         result.notes += [*notes, f"{corrected} maps of rank {plan.rank} in the place of {len(units)} dropped units"]
     else:
         drop(rewriter, units)
+        if plan.rank:
+            result.notes.append(f"rank={plan.rank} had nothing to do: nothing is dropped whole")
     result.dropped = len(units)
     return result
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from ...ir.errors import GraphlatheError
 from ...ir.program import Program
 from ..base import Context, Stats
 from .allocators.table import Allocation
@@ -13,6 +14,7 @@ from .apply import apply_plan
 from .place_table import Table
 from .plan import Decision, Plan
 from .recipe import Recipe, allocate, out_of_reach, plan_of, table_of
+from .timed import finished
 
 _TRIES = 8
 _CLOSE = 0.03
@@ -73,8 +75,15 @@ def make_plan(
 
 
 def carry_out(program: Program, plan: Plan, ctx: Context, name: str, *, table: Table, sequential: bool = True) -> Stats:
-    """Apply a plan that was just made, and say what was done."""
+    """Apply a plan that was just made, and say what was done.
+
+    Under a budget in milliseconds the result is timed, too: what levels save was measured one by one and added up.
+    """
+    before = program.clone() if plan.budget.get("unit") == "ms" else None
     applied = apply_plan(program, plan, ctx, name, sequential=sequential)
+    if before is not None:
+        plan, timing = _timed(plan, before, program, ctx)
+        applied.notes += timing
     stats = Stats(hits=applied.done, attempts=len(table.places), plan=plan.to_json())
     for reason, count in table.blocked.items():
         stats.misses[reason] = stats.misses.get(reason, 0) + count
@@ -84,6 +93,21 @@ def carry_out(program: Program, plan: Plan, ctx: Context, name: str, *, table: T
     if not plan.changes:
         stats.notes.append("nothing to remove: the model fits the budget")
     return stats
+
+
+def _timed(plan: Plan, before: Program, after: Program, ctx: Context) -> tuple[Plan, list[str]]:
+    """The plan with what its program really takes and how many runs all measuring took, and a line about it."""
+    if not plan.changes:
+        return plan, []
+    try:
+        found = finished(before, after, ctx)
+    except GraphlatheError as error:  # a search is not lost because the machine is busy at its end
+        return plan, [f"the result was not timed: {error.message}"]
+    ms, limit = found.baseline - found.saved[""], plan.budget["limit"]
+    note = f"timed in turn: {found.baseline:.4g} ms before, {ms:.4g} after, with a limit of {limit:.4g}" + (
+        f", which the single levels would have met ({plan.budget['after']:.4g})" if ms > limit else ""
+    )
+    return plan.with_budget(measured=ms, runs=plan.budget["runs"] + found.runs), [note]
 
 
 def _plan(

@@ -179,8 +179,9 @@ def _insert(rewriter: Rewriter, run: Run, left: torch.Tensor, right: torch.Tenso
     stem = f"{run.replaced.name}.in_place"
 
     def weight(name: str, value: torch.Tensor) -> fx.Node:
-        stored = Weight.from_tensor(value.to(dtype, copy=True))
-        return rewriter.weight(rewriter.fresh_weight_name(f"{stem}.{name}"), stored)
+        # In the order in which a file holds it: products with another one round differently.
+        stored = value.to(dtype).clone(memory_format=torch.contiguous_format)
+        return rewriter.weight(rewriter.fresh_weight_name(f"{stem}.{name}"), Weight.from_tensor(stored))
 
     down, up, shift = weight("down.weight", right), weight("up.weight", left), weight("up.bias", bias)
     with rewriter.before(run.by.next):

@@ -110,7 +110,8 @@ def linear_places(
             weight, error = database[site.index][level]
             cost = counted_bytes(level, site, stored.dtype) if mode == "bits" else counted_params(level, site)
             replaced: Mapping[str, Weight] = {} if weight is None else {site.weight: weight}
-            levels.append(Level(for_plan(level, site.outputs, site.inputs), cost, error, replaced=replaced))
+            text = for_plan(level, site.outputs, site.inputs, 8 * stored.dtype.itemsize)
+            levels.append(Level(text, cost, error, replaced=replaced))
         places.append(Place("linear", site.label, site.block, tuple(levels), site.first, site.index))
     return places, blocked
 
@@ -188,7 +189,8 @@ def build(
         folder.mkdir(parents=True, exist_ok=True)
         about = f"{program.fingerprint()} {_digest(ctx)}"
         for site in sites:
-            texts = [for_plan(level, site.outputs, site.inputs) for level in wanted.get(site.index, ())]
+            was = 8 * program.weights[site.weight].dtype.itemsize
+            texts = [for_plan(level, site.outputs, site.inputs, was) for level in wanted.get(site.index, ())]
             keys[site.index] = hashlib.blake2b(f"{about} {site.weight} {texts}".encode(), digest_size=16).hexdigest()
             found = _read(_path(folder, site), keys[site.index], wanted.get(site.index, ()))
             if found is not None:

@@ -4,7 +4,8 @@
     bits=4 group=64 method=gptq         codes of so many bits, a scale and a zero point for each group of columns
     rank=64 nonzeros=32                 two factors; each output keeps so many of the coefficients (all without it)
 
-In a plan ``shape=96x32`` (outputs by inputs) says which layer it was made for.
+In a plan ``shape=96x32`` (outputs by inputs) says which layer it was made for, and of codes ``was=32`` how many bits
+each weight took before.
 """
 
 from __future__ import annotations
@@ -79,16 +80,42 @@ def needs_data(level: LinearLevel) -> bool:
     return isinstance(level, LowRank) or level.method not in ("magnitude", "round-to-nearest")
 
 
-def for_plan(level: LinearLevel, outputs: int, inputs: int) -> str:
-    """The text of a level of a layer [outputs, inputs], as plans hold it."""
-    return f"{level} shape={outputs}x{inputs}"
+def for_plan(level: LinearLevel, outputs: int, inputs: int, was: int) -> str:
+    """The text of a level of a layer [outputs, inputs] whose weights took ``was`` bits each, as plans hold it."""
+    return f"{level} shape={outputs}x{inputs}" + (f" was={was}" if isinstance(level, Bits) else "")
+
+
+def kept_share(text: str) -> float | None:
+    """The share of a layer that a level leaves: of its numbers, or of their bits without scales and zero points.
+
+    Args:
+        text: of a plan.
+
+    Returns:
+        A share, above 1 where it becomes more; None where the text does not say of how much.
+
+    Raises:
+        InputError: it is no such text.
+    """
+    given = dict(token.split("=") for token in text.split() if token.count("=") == 1)
+    sizes = [int(size) for size in given.get("shape", "").split("x") if size.isdecimal()]
+    if len(sizes) != 2 or 0 in sizes:
+        return None
+    outputs, inputs = sizes
+    level = parse(text, outputs, inputs)
+    if isinstance(level, Sparse):
+        return level.nonzeros / (outputs * inputs)
+    if isinstance(level, Bits):
+        return level.bits / int(given["was"]) if "was" in given else None
+    each = level.rank if level.nonzeros is None else level.nonzeros
+    return (level.rank * inputs + each * outputs) / (outputs * inputs)
 
 
 def parse(text: str, outputs: int, inputs: int) -> LinearLevel:
     """A level from its text.
 
     Args:
-        text: as in this module's text, with or without ``shape``.
+        text: as in this module's text, with or without ``shape`` and ``was``.
         outputs, inputs: widths of the layer.
 
     Raises:
@@ -103,7 +130,7 @@ def parse(text: str, outputs: int, inputs: int) -> LinearLevel:
     shape = given.pop("shape", None)
     if shape is not None and shape != f"{outputs}x{inputs}":
         raise _wrong(text, f"the layer has {outputs} outputs and {inputs} inputs")
-    read = _FORMS.get(frozenset(given) - {"group", "method"})
+    read = _FORMS.get(frozenset(given) - {"group", "method", "was"})
     if read is None:
         raise _wrong(text, "it is none of the known forms")
     level = read(text, given)
@@ -119,6 +146,8 @@ def _sparse(text: str, given: dict[str, str]) -> LinearLevel:
 
 def _bits(text: str, given: dict[str, str]) -> LinearLevel:
     group = _number(text, given, "group") if "group" in given else None
+    if "was" in given and _number(text, given, "was") < 1:
+        raise _wrong(text, "no weight takes 0 bits")
     return Bits(_number(text, given, "bits"), group, _method(text, given, BITS_METHODS))
 
 

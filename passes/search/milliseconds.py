@@ -14,8 +14,9 @@ import math
 import statistics
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from ...ir.errors import GraphlatheError
 from ...ir.program import Program
@@ -26,6 +27,22 @@ from .millisecond_table import MillisecondTable, Setting, key_text
 from .paired_timing import DISTURBED, FEWEST, Call, paired_rounds
 
 Key = TypeVar("Key", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Milliseconds(Generic[Key]):
+    """What levels save.
+
+    Attributes:
+        baseline: milliseconds of the unchanged program.
+        saved: milliseconds saved per site, by key: the median over the rounds of baseline minus variant, divided by the
+            count. Negative where the change makes it slower.
+        runs: how often a program was run for it here, warming up and disturbed rounds included.
+    """
+
+    baseline: float
+    saved: Mapping[Key, float]
+    runs: int
 
 
 def measure_ms(
@@ -87,7 +104,7 @@ def ms_table(
     at_once: int = 3,
     disturbed: float = DISTURBED,
     progress: Progress = silent,
-) -> dict[Key | None, float]:
+) -> Milliseconds[Key]:
     """Milliseconds that each level of each class of sites saves, per site.
 
     Args:
@@ -100,10 +117,6 @@ def ms_table(
         repeats, threads, disturbed: see `measure_ms`.
         at_once: variants that are in memory at a time, beside the baseline.
         progress: shows a bar.
-
-    Returns:
-        Milliseconds saved per site, by key: the median over the rounds of baseline minus variant, divided by the count.
-        Negative where the change makes it slower. Under None, the milliseconds of the baseline.
 
     Raises:
         GraphlatheError: as `measure_ms`; or a count is missing or not positive, a key cannot be written, or the file is
@@ -121,14 +134,26 @@ def ms_table(
     if not groups and setting not in table.baseline:
         groups = [[]]
     seconds: list[float] = []
+    runs = 0
+
+    def counted(session: ProgramSession) -> Call:
+        call = _call(session, feeds)
+
+        def run() -> Any:
+            nonlocal runs
+            runs += 1
+            return call()
+
+        return run
+
     with ExitStack() as whole:
-        reference = _call(whole.enter_context(_session(baseline, threads)), feeds) if groups else None
+        reference = counted(whole.enter_context(_session(baseline, threads))) if groups else None
         for group in progress(groups, len(groups), "milliseconds"):
             assert reference is not None
             with ExitStack() as stack:
                 calls = {"": reference}
                 for key in group:
-                    calls[texts[key]] = _call(stack.enter_context(_session(variants[key](), threads)), feeds)
+                    calls[texts[key]] = counted(stack.enter_context(_session(variants[key](), threads)))
                 rounds = paired_rounds(calls, repeats=repeats, disturbed=disturbed if threads == 1 else math.inf)
             seconds += rounds[""]
             table.baseline[setting] = 1000 * statistics.median(seconds)
@@ -136,7 +161,7 @@ def ms_table(
                 table.saved[places[key]] = 1000 * _median_gain(rounds[""], rounds[texts[key]]) / counts[key]
             if path is not None:
                 table.save(path)
-    return {None: table.baseline[setting], **{key: table.saved[places[key]] for key in variants}}
+    return Milliseconds(table.baseline[setting], {key: table.saved[places[key]] for key in variants}, runs)
 
 
 def _median_gain(before: Sequence[float], after: Sequence[float]) -> float:
@@ -144,10 +169,8 @@ def _median_gain(before: Sequence[float], after: Sequence[float]) -> float:
 
 
 def _checked(variants: Mapping[Key, Any], counts: Mapping[Key, int]) -> dict[Key, str]:
-    """The keys' texts."""
+    """The keys' texts: JSON, so that none is that of the baseline, which is empty."""
     texts = {key: key_text(key) for key in variants}
-    if None in texts or len(set(texts.values())) < len(texts):
-        raise GraphlatheError("two keys, or a key and the baseline, have one name", expected="different keys, not None")
     for key, text in texts.items():
         if counts.get(key, 0) < 1:
             raise GraphlatheError(f"the number of changed sites of {text} is {counts.get(key)}", expected="at least 1")

@@ -25,6 +25,7 @@ class Table:
         total: what the program costs.
         added_up: whether costs of places are known only one by one and added up (milliseconds, bits); otherwise the
             program that a plan makes is counted.
+        runs: how often a program was run to measure costs (milliseconds), at the sizes of the first calibration batch.
     """
 
     places: list[Place]
@@ -34,6 +35,7 @@ class Table:
     whole: float = 0.0
     total: float = 0.0
     added_up: bool = False
+    runs: int = 0
 
     def limit(self, ratio: float | None, target: float | None) -> float:
         """What the whole program may cost: the target, or what is left without a share of what the places cost."""

@@ -19,6 +19,8 @@ from ...ir.files import write_atomically
 
 FORMAT = "graphlathe-plan"
 VERSION = 1
+PARTIAL = "not in the plan"
+"""The compensation of a plan that is only a part of what its pass did: for reading and pictures, not to be applied."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,11 @@ class Plan:
     Attributes:
         decisions: one for every place that was looked at.
         made_by: the text of the pass.
-        compensation: how the rest makes up for what is removed; needed to apply the plan again.
+        compensation: how the rest makes up for what is removed; needed to apply the plan again. `PARTIAL`: it cannot.
         rank: of the maps that take the places of dropped units; 0 for none.
         program: fingerprint of the program that it was made for.
-        budget: unit, limit, before, after.
+        budget: unit, limit, before, after; of milliseconds, where ``after`` is added up, also ``measured``, what the
+            result takes, and ``runs``, how often programs were run to measure.
         search: the history of the search, for pictures; None where there was none.
         blocked: why other places could not be touched, with counts.
     """

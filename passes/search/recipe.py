@@ -173,14 +173,16 @@ def allocate(table: Table, recipe: Recipe, limit: float) -> Allocation:
     return call[recipe.allocator](levels, limit)
 
 
-def out_of_reach(table: Table, limit: float, smallest: float, unit: str) -> PreconditionError:
-    """The error for a budget that cannot be met."""
+def out_of_reach(
+    table: Table, limit: float, smallest: float, unit: str, remedy: str = "allow more kinds of sites"
+) -> PreconditionError:
+    """The error for a budget that cannot be met; ``remedy`` is what else to do than raise it."""
     blocked = "; ".join(f"{reason} ({count}x)" for reason, count in list(table.blocked.items())[:3])
     return PreconditionError(
         f"the budget of {limit:,.0f} {unit} is out of reach: {smallest:,.0f} is the smallest"
         + (f"; blocked elsewhere by: {blocked}" if blocked else ""),
         expected=f"at least {math.ceil(smallest):,}",
-        remedy="raise the budget, or allow more kinds of sites",
+        remedy=f"raise the budget, or {remedy}",
     )
 
 
@@ -214,6 +216,6 @@ def plan_of(program: Program, table: Table, recipe: Recipe, state: Sequence[int]
         compensation=recipe.compensation,
         rank=recipe.rank,
         program=program.fingerprint(),
-        budget={"unit": recipe.unit, "before": table.total},
+        budget={"unit": recipe.unit, "before": table.total, **({"runs": table.runs} if recipe.unit == "ms" else {})},
         blocked=table.blocked,
     )

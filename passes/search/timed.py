@@ -2,19 +2,21 @@
 
 Each class of equal places is measured once at each level, with all of its places at that level, in ONNX Runtime at the
 sizes of the first calibration batch (`milliseconds.ms_table`). What a place costs is what its harshest level saves.
+Savings are added up; the program that comes out is timed once, beside the one that it was made from.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from ...ir.errors import PreconditionError
 from ...ir.program import Program
 from ..base import Context
 from .apply import DROPS, apply_plan
 from .levels import Level, Place
-from .milliseconds import ms_table
+from .milliseconds import Milliseconds, ms_table
 from .place_table import Table
 from .plan import Decision, Plan
 
@@ -51,22 +53,22 @@ def timed(program: Program, table: Table, ctx: Context) -> Table:
             raise PreconditionError(
                 f"{len(levels) - 1} levels of {members[0].label} would have to be measured",
                 expected=f"at most {MOST_LEVELS}",
-                remedy="set steps=, for example steps=8",
+                remedy="set steps=8, for example, or a larger multiple=",
             )
         for number in range(1, len(levels)):
             key = kind, f"{shape}: {levels[number].label}", number
             variants[key] = _variant(program, members, number, ctx)
             counts[key] = len(members)
-    feeds = program.feeds(**ctx.calibration[0])
     file = None if ctx.journal is None else ctx.journal / "milliseconds.json"
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-    found = ms_table(program, variants, counts, feeds, file, progress=ctx.progress)
+    found = ms_table(program, variants, counts, _feeds(program, ctx), file, progress=ctx.progress)
     places: list[Place] = []
     for place in table.places:
         shape = _shape(program, place)
         saved = [0.0] + [
-            found[place.kind, f"{shape}: {level.label}", number] for number, level in enumerate(place.levels[1:], 1)
+            found.saved[place.kind, f"{shape}: {level.label}", number]
+            for number, level in enumerate(place.levels[1:], 1)
         ]
         whole = max(saved)
         levels = tuple(replace(level, cost=whole - ms) for level, ms in zip(place.levels, saved, strict=True))
@@ -75,9 +77,24 @@ def timed(program: Program, table: Table, ctx: Context) -> Table:
         table,
         places=places,
         whole=sum(place.levels[0].cost for place in places),
-        total=found[None],
+        total=found.baseline,
         added_up=True,
+        runs=found.runs,
     )
+
+
+def finished(before: Program, after: Program, ctx: Context) -> Milliseconds[str]:
+    """What a program saves that came out of a plan, under the key ``""``, timed in turn with the one before.
+
+    Raises:
+        GraphlatheError: the machine is too busy to measure on.
+    """
+    return ms_table(before, {"": lambda: after}, {"": 1}, _feeds(before, ctx))
+
+
+def _feeds(program: Program, ctx: Context) -> dict[str, Any]:
+    assert ctx.calibration
+    return program.feeds(**ctx.calibration[0])
 
 
 def _shape(program: Program, place: Place) -> str:

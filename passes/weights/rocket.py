@@ -32,15 +32,16 @@ from ...ir.errors import PipelineError, PostconditionError, PreconditionError
 from ...ir.program import Program
 from ..base import Case, Context, Effect, Pass, Stats, option, same_outputs
 from ..search.allocators.knapsack import knapsack
-from ..search.allocators.table import LevelTable
-from ..search.budget import sizes_of
+from ..search.budget import Meter, sizes_of
 from ..search.levels import Level, Place
 from ..search.linear_apply import KIND, apply_linear
 from ..search.linear_levels import LinearSettings, linear_places
 from ..search.linear_sites import LinearSite, linear_sites
 from ..search.linear_solve import counted_bytes
 from ..search.linear_texts import parse
+from ..search.place_table import Table
 from ..search.plan import Decision, Plan
+from ..search.recipe import out_of_reach
 from .planted import low_rank_case
 
 
@@ -98,7 +99,10 @@ class Rocket(Pass):
         """Solve all levels, choose, solve the chosen ones again, and write them into the program."""
         sites, blocked = linear_sites(program, ctx.structure(program))
         places = self._places(program, sites, ctx)
-        state, limit, notes = self._choose(program, places)
+        whole, total = sum(place.levels[0].cost for place in places), program.parameter_count
+        meter = Meter(program, "params", sizes_of(program, ctx))
+        table = Table(places, meter, blocked, whole=whole, total=total, added_up=True)
+        state, limit, notes = self._choose(table)
         decisions = [_decision(place, number) for place, number in zip(places, state, strict=True)]
         plan = Plan(tuple(decisions), self.to_text(), program=program.fingerprint(), blocked=blocked)
         counted = program.parameter_count - sum(
@@ -138,26 +142,14 @@ class Rocket(Pass):
         places, _ = linear_places(program, ctx, "rank", settings, weights=False)
         return places if self.alpha is None else without_worst(places, self.alpha)
 
-    def _choose(self, program: Program, places: Sequence[Place]) -> tuple[Sequence[int], float, list[str]]:
+    def _choose(self, table: Table) -> tuple[Sequence[int], float, list[str]]:
         """A level for each place, the limit, and notes."""
-        whole = sum(place.levels[0].cost for place in places)
-        fixed = program.parameter_count - whole
-        limit = self.target if self.target is not None else fixed + (1 - (self.ratio or 0.0)) * whole
-        table = LevelTable(
-            costs=tuple(tuple(level.cost for level in place.levels) for place in places),
-            errors=tuple(tuple(level.error for level in place.levels) for place in places),
-            labels=tuple(place.label for place in places),
-            fixed=fixed,
-        )
-        smallest = table.cost(table.smallest())
+        levels, limit = table.levels(), table.limit(self.ratio, self.target)
+        smallest = levels.cost(levels.smallest())
         if smallest > limit:
-            raise PreconditionError(
-                f"the budget of {limit:,.0f} parameters is out of reach: {smallest:,.0f} is the smallest",
-                pass_name=self.name,
-                expected=f"at least {math.ceil(smallest):,}",
-                remedy="raise the budget or most=, or leave out alpha=",
-            )
-        found = knapsack(table, limit)
+            remedy = "most=" if self.alpha is None else "most= or alpha="
+            raise out_of_reach(table, limit, smallest, "params", remedy)
+        found = knapsack(levels, limit)
         return found.state, limit, list(found.notes)
 
     def ensure(self, before: Program, program: Program, stats: Stats) -> None:

@@ -19,8 +19,10 @@ from graphlathe.ir.from_torch import trace
 from graphlathe.ir.program import Program
 from graphlathe.ir.rewrite import Rewriter
 from graphlathe.ir.to_hub import to_hub
-from graphlathe.passes.base import Context
+from graphlathe.passes.base import Context, Pass
 from graphlathe.passes.canonical.raise_all import RaiseAll
+from graphlathe.passes.channels.flap import Flap
+from graphlathe.passes.heads.shrp import Shrp
 from graphlathe.passes.layers.drop_layers import DropLayers
 from graphlathe.tools import zoo
 from tests.zoo_programs import module, traced
@@ -162,6 +164,19 @@ def other_activation(program: Program) -> None:
         rewriter.set_args(node, node.args, {}, torch.ops.aten.relu.default)
 
 
+def after(settings: Pass, name: str) -> Change:
+    """What a pass makes of a zoo model, with calibration data of that model."""
+
+    def change(program: Program) -> None:
+        model = zoo.get(name)
+        batches = [program.feeds(**model.inputs(size)) for size in model.unseen_sizes]
+        settings.run(program, Context(calibration=batches))
+
+    return change
+
+
+EXPANDER: dict[str, Any] = {"stage": "expand", "router_steps": 0, "steps": 0}
+
 REFUSED: dict[str, tuple[str, tuple[Change, ...], str]] = {
     "MLPs of different widths": (
         "llama",
@@ -175,6 +190,18 @@ REFUSED: dict[str, tuple[str, tuple[Change, ...], str]] = {
         "llama",
         (drop(1, granularity="attention"),),
         r"layer 1 of 'model\.layers' has no '.*' any more, layers 0, 2 have one",
+    ),
+    "biases that the architecture has not": (
+        "llama",
+        (after(Flap(sites=("heads",), ratio=0.45), "llama"),),
+        r"also reads 'model\.layers\.0\.self_attn\.o_proj\.bias' \(and 2 more\), which LlamaForCausalLM has not"
+        r"[\s\S]*use a pass that adds no biases",
+    ),
+    "an expander": (
+        "bert",
+        (after(Shrp(heads=1, **EXPANDER), "bert"),),
+        r"does not read 'encoder\.layer\.0\.attention\.output\.dense\.weight' \(and \d+ more\), which BertModel has; "
+        r"the program also reads 'shrp\.0\.expander\.down\.bias' \(and \d+ more\), which BertModel has not",
     ),
     "another function": ("llama", (other_activation,), "computes something else .*relative error"),
 }
@@ -237,6 +264,21 @@ def test_weights_that_nothing_reads_and_the_tokenizer_come_from_the_folder(tmp_p
     again = loaded(folder)
     assert torch.equal(again.pooler.dense.weight, model.pooler.dense.weight)
     check_same(program, folder, {name: value[:, :3] for name, value in inputs.items()})
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_an_expander_is_refused_also_where_the_folder_has_what_it_replaced(heads: int, tmp_path: Path) -> None:
+    """With all heads even the shapes fit: what the folder lends takes part in no output."""
+    model = bert(tmp_path / "source")
+    inputs = {"input_ids": torch.arange(10).view(2, 5), "attention_mask": torch.ones(2, 5, dtype=torch.int64)}
+    program = trace(model, inputs, dynamic={name: {0: "B", 1: "S"} for name in inputs})
+    Shrp(heads=heads, **EXPANDER).run(program, Context(calibration=[inputs]))
+    reasons = {
+        1: r"self\.query\.weight' is \[8, 16\] instead of",
+        2: r"also reads 'shrp\.0\.expander\.down\.bias' \(and 7 more\)[\s\S]*undo changes to the graph",
+    }
+    refused(ExportError, reasons[heads], program, tmp_path / "out", config=tmp_path / "source")
+    assert [file.name for file in tmp_path.iterdir()] == ["source"]
 
 
 def test_a_folder_read_cut_and_written_in_bfloat16(tmp_path: Path) -> None:

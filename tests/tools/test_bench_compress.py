@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,7 @@ from graphlathe.tools.bench.compress_metrics import (
     spearman,
 )
 from graphlathe.tools.bench.compress_peers import PEERS, install, load_peer
+from graphlathe.tools.bench.compress_photos import CALIBRATED, TESTED
 from graphlathe.tools.bench.compress_reach import LARGEST, smallest_ratio
 from graphlathe.tools.bench.compress_subject import SUBJECTS, Case, spread
 from graphlathe.tools.bench.compress_timing import PATIENCE, time_paired
@@ -281,6 +283,15 @@ class TestEvaluation:
         assert spread(range(10), 3, "items") == [0, 3, 6]
         with pytest.raises(GraphlatheError, match="2 items"):
             spread([1, 2], 3, "items")
+
+
+def test_no_scene_is_calibrated_and_tested_on() -> None:
+    """Two views of a scene, told by ``_left`` and ``_right``, are one scene."""
+    calibrated, tested = (
+        [re.sub(r"_(left|right)$", "", Path(name).stem) for name in names] for names in (CALIBRATED, TESTED)
+    )
+    assert not set(calibrated) & set(tested)
+    assert len(set(tested)) == len(tested)
 
 
 class TestMethods:

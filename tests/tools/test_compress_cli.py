@@ -109,8 +109,23 @@ class TestPlans:
         assert command(again, "-o again")[0] == 0
         assert torch.equal(outputs(tmp_path / "again"), outputs(tmp_path / "small"))
 
+    def test_heads_that_went_are_saved_drawn_and_cut_again(self, command: Command, tmp_path: Path) -> None:
+        code, _, err = command("shrp{share=0.5}", "--plan plan.json --plot pictures -o small")
+        assert code == 0, err
+        assert (tmp_path / "pictures" / "keep-ratios.png").exists()
+        assert command("apply-plan{path=plan.json}", "-o again")[0] == 0
+        assert torch.equal(outputs(tmp_path / "again"), outputs(tmp_path / "small"))
+
+    def test_a_plan_without_its_expanders_is_refused(self, command: Command, tmp_path: Path) -> None:
+        expand = "shrp{stage=expand heads=1 router_steps=0 steps=0}"
+        assert command(expand, "--plan plan.json --plot pictures")[0] == 0
+        assert (tmp_path / "pictures" / "keep-ratios.png").exists()
+        code, _, err = command("apply-plan{path=plan.json}", "-o again")
+        assert code == 2 and f"only what '{expand}' removed" in " ".join(err.split())
+        assert not (tmp_path / "again").exists()
+
     def test_none_is_an_error_after_everything_else_is_written(self, command: Command, tmp_path: Path) -> None:
-        code, out, err = command("shrp{share=0.5}", "--plan plan.json --workers 2 -o small")
+        code, out, err = command("distill{steps=1}", "--plan plan.json --workers 2 -o small")
         assert code == 2 and "no pass of the pipeline made a plan" in err
         assert "no pass searched, so --workers had nothing to do" in out
         assert outputs(tmp_path / "small").isfinite().all()

@@ -15,9 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graphlathe.ir.errors import ExportError, GraphlatheError, InputError
+from graphlathe.passes.base import Pass
+from graphlathe.passes.layers.evopress import EvoPress
+from graphlathe.passes.weights.rocket import Rocket
 from graphlathe.tools.plot_data import Point
 from graphlathe.tools.plot_search import front_of
 from graphlathe.tools.plots import plan_figures, plan_figures_png, plan_figures_svg, plot_plan
+from tests.passes.channels import tiny
 
 
 def site(kind: str, block: int | None, units: int, removed: list[int], **more: Any) -> dict[str, Any]:
@@ -148,6 +152,71 @@ def test_a_site_that_goes_altogether_is_counted() -> None:
     assert axes.get_title(loc="left") == "c: 2 of 4 units stay (50 %); 1 of 2 gone altogether (×)"
 
 
+def linear(level: str) -> dict[str, Any]:
+    return site("linear", 0, 1, [], scores=None, level=level)
+
+
+def heights(figure: Any) -> list[float]:
+    (bars,) = (c for c in figure.axes[0].containers if c.get_label() == "kept")
+    return [bar.get_height() for bar in bars]
+
+
+@pytest.mark.parametrize(
+    ("level", "share"),
+    [
+        ("", 1.0),
+        ("nonzeros=512 method=sparsegpt shape=64x32", 512 / (64 * 32)),
+        ("nonzeros=0 method=magnitude shape=64x32", 0.0),
+        ("bits=4 group=64 method=gptq shape=64x64 was=32", 4 / 32),
+        ("bits=3 method=gptq shape=64x64 was=16", 3 / 16),
+        ("rank=8 shape=64x32", 8 * (64 + 32) / (64 * 32)),
+        ("rank=8 nonzeros=4 shape=64x32", (8 * 32 + 4 * 64) / (64 * 32)),
+        ("rank=32 shape=64x32", 1.5),
+    ],
+)
+def test_a_stored_weight_keeps_what_its_level_leaves(level: str, share: float) -> None:
+    figure = plan_figures({"sites": [linear(level), linear("")]})["keep-ratios"]
+    assert heights(figure) == pytest.approx([100 * share, 100.0])
+    if level:
+        assert f"linear: {50 * (share + 1):.0f} % stays on average" in figure.axes[0].get_title(loc="left")
+    assert figure.axes[0].get_ylim()[1] == max(100, 100 * share)
+
+
+@pytest.mark.parametrize("level", ["bits=4 shape=64x64", "bits=4 was=32", "nonzeros=5", "rank=3"])
+def test_what_a_plan_does_not_say_is_not_drawn(level: str) -> None:
+    """By hand: such a plan can be applied."""
+    figure = plan_figures({"sites": [linear(level), linear("")]})["keep-ratios"]
+    axes = figure.axes[0]
+    assert [[bar.get_height() for bar in bars] for bars in axes.containers] == [[0.0, 100.0]] * 2
+    assert axes.get_title(loc="left") == "linear: 100 % stays on average; 1 of 2 do not say how much"
+    assert plan_figures_png({"sites": [linear(level)]})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        EvoPress(mode="sparsity", ratio=0.4, levels=4, generations=1, offspring=2),
+        EvoPress(mode="bits", bits=(8, 4), ratio=0.6, generations=1, offspring=2),
+        Rocket(ratio=0.3),
+    ],
+    ids=["sparsity", "bits", "rank"],
+)
+def test_bars_of_linear_layers_are_what_the_program_stores(settings: Pass) -> None:
+    blocks = [tiny.Attention(4, 4), tiny.Mlp(8), tiny.Attention(4, 4), tiny.Mlp(8)]
+    program = tiny.program_of(tiny.stack(*blocks))
+    after, stats = tiny.run(program, settings, tiny.data())
+    names = [f"blocks.{b}.{layer}.weight" for b in range(4) for layer in (("up", "down") if b % 2 else "qkvo")]
+    expected: list[float] = []
+    for name in names:
+        held = {n.removeprefix(name): after.weights[n].tensor() for n in after.used_weights() if n.startswith(name)}
+        if ".codes" in held:
+            expected.append(8 * held[".codes"].numel() / (64 * program.weights[name].numel))
+        else:
+            expected.append(sum(int(value.count_nonzero()) for value in held.values()) / program.weights[name].numel)
+    assert min(expected) < 1
+    assert heights(plan_figures(stats.plan)["keep-ratios"]) == pytest.approx([100 * share for share in expected])
+
+
 @pytest.mark.parametrize("scores", [[1.0, 1.0], [0.0, 0.0], [math.inf, math.inf], [-1.0, 1e9], [1e-9, 1e9]])
 def test_scores_of_any_size(scores: list[float]) -> None:
     assert plan_figures_png({"sites": [site("c", 0, 2, [1], scores=scores)]})["scores-c"]
@@ -236,6 +305,10 @@ def test_pictures_leave_no_settings_behind() -> None:
         (lambda p: p["sites"][0].update(removed=[1, 1]), "removed units"),
         (lambda p: p["sites"][0].update(scores=[1.0]), "1 scores for 3 units"),
         (lambda p: p["sites"].append("x"), r"'sites\[16\]' cannot be drawn"),
+        (
+            lambda p: p["sites"].append(linear("nonzeros=9 shape=2x4")),
+            r"'sites\[16\]' cannot be drawn: .*nonzeros is 9",
+        ),
         (lambda p: p["search"]["history"][0].pop("best"), "'search' has no 'best'"),
         (lambda p: p["search"]["evaluated"].append({"cost": "much", "score": 1}), "'search' cannot be drawn"),
     ],

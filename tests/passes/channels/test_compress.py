@@ -19,7 +19,9 @@ from graphlathe.ir.program import Program
 from graphlathe.passes.base import Batch, Context
 from graphlathe.passes.channels.compress import Compress
 from graphlathe.passes.fidelity import output_distance
+from graphlathe.passes.layers.evopress import EvoPress
 from graphlathe.passes.manager import PassManager
+from graphlathe.passes.pipeline import parse_pipeline
 from graphlathe.passes.search.apply import COMPENSATIONS
 from graphlathe.passes.search.recipe import ALLOCATORS, table_of
 from graphlathe.passes.search.scores import CHANNEL_SCORES
@@ -293,6 +295,22 @@ def test_one_way_to_say_how_much() -> None:
     for options in ({}, {"ratio": 0.3, "target": 100}):
         with pytest.raises(PipelineError, match="one way to say how much"):
             Compress(**options)
+
+
+def test_a_rank_without_anything_to_drop_is_said() -> None:
+    """An error where nothing can be dropped, and a line in the report where nothing was."""
+    with pytest.raises(PipelineError, match="sites=mlp,heads only cuts"):
+        parse_pipeline("compress{sites=mlp,heads ratio=0.2 rank=16}")
+    program = program_of(stack(Mlp(16), Mlp(16)))
+    with_branches = ("mlp", "drop-attention")
+    for settings, said in (
+        (Compress(sites=with_branches, ratio=0.3, rank=2, steps=4), True),
+        (Compress(sites=with_branches, ratio=0.3, steps=4), False),
+        (EvoPress(mode="sparsity", ratio=0.3, rank=2, levels=4, generations=1, offspring=2), True),
+        (Compress(sites=("drop-mlp",), ratio=0.5, rank=2, allocator="uniform"), False),
+    ):
+        stats = run(program, settings, data())[1]
+        assert any("rank=2 had nothing to do" in note for note in stats.notes) == said, settings
 
 
 def test_floor_and_multiple_hold_with_every_allocator() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from graphlathe.ir.from_torch import trace
 from graphlathe.ir.program import Program
 from graphlathe.ir.structure import structure
 from graphlathe.ir.verify import relative_error, verify
-from graphlathe.passes.base import Batch, Context, Stats
+from graphlathe.passes.base import Batch, Context, Pass, Stats
 from graphlathe.passes.heads.blocks import HeadBlock, find_sites, head_blocks
 from graphlathe.passes.heads.observed import Observed, affine_fit, linear_fit, unexplained
 from graphlathe.passes.heads.planted import LOUD, loud_head_case
@@ -24,7 +26,9 @@ from graphlathe.passes.heads.router import add_router, routed_usage, trained_usa
 from graphlathe.passes.heads.shrp import Shrp
 from graphlathe.passes.heads.usage import head_usage, most_used
 from graphlathe.passes.manager import PassManager
+from graphlathe.passes.search.apply_plan import ApplyPlan
 from graphlathe.passes.search.compensation.distill import DistillSettings
+from graphlathe.passes.search.plan import PARTIAL, Plan
 from graphlathe.tools import zoo
 from tests.zoo_programs import traced, zoo_parameters
 
@@ -38,7 +42,7 @@ def inputs(name: str, count: int = 3) -> list[dict[str, Any]]:
     return [dict(traced(name).feeds(**model.inputs(each))) for each in sizes]
 
 
-def run(program: Program, settings: Shrp, batches: list[dict[str, Any]]) -> tuple[Program, Stats]:
+def run(program: Program, settings: Pass, batches: list[dict[str, Any]]) -> tuple[Program, Stats]:
     changed = program.clone()
     context = Context(calibration=batches)
     settings.check(changed, context)
@@ -149,19 +153,94 @@ def test_usage_equals_brute_force() -> None:
 
 
 @torch.no_grad()
+def silence(model: Encoder, heads: Sequence[Sequence[int]]) -> None:
+    """Let some heads of each layer write nothing."""
+    for m, silent in zip(model.layers, heads, strict=True):
+        for head in silent:
+            m["o"].weight[:, head * 6 : head * 6 + 6] = 0  # type: ignore[index]
+
+
+@torch.no_grad()
 def test_pruned_heads_equal_an_eager_model_whose_heads_write_nothing() -> None:
     model, program = encoder()
     batches = data()
     changed, stats = run(program, Shrp(heads=2), batches)
-    for m, row in zip(model.layers, stats.plan["heads"], strict=True):
-        assert len(row["kept"]) == 2
-        for head in {0, 1, 2, 3} - set(row["kept"]):
-            m["o"].weight[:, head * 6 : head * 6 + 6] = 0  # type: ignore[index]
+    assert all(len(row["kept"]) == 2 for row in stats.plan["heads"])
+    silence(model, [[h for h in range(4) if h not in row["kept"]] for row in stats.plan["heads"]])
     for batch in batches:
         torch.testing.assert_close(changed(**batch), model(**batch), rtol=1e-5, atol=1e-5)
     per_head = 3 * (16 * 6 + 6) + 6 * 16
     assert program.parameter_count - changed.parameter_count == 2 * 2 * per_head
     assert json.dumps(stats.plan)
+
+
+class Normed(Encoder):
+    """A norm over the outputs of all heads."""
+
+    def outputs(self, m: Any, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(super().outputs(m, x, mask) * m.get_buffer("silent"), (self.heads * self.dim,), eps=1e-5)
+
+
+@torch.no_grad()
+def test_a_norm_over_heads_goes_on_counting_those_that_went() -> None:
+    torch.manual_seed(0)
+    model = Normed()
+    for m in model.layers:
+        m.register_buffer("silent", torch.ones(24))
+    program = trace(model, data(1)[0])
+    changed, stats = run(program, Shrp(heads=2), data())
+    for m, row in zip(model.layers, stats.plan["heads"], strict=True):
+        m.get_buffer("silent")[[i for i in range(24) if i // 6 not in row["kept"]]] = 0
+    for batch in data(2, seed=3):
+        torch.testing.assert_close(changed(**batch), model(**batch), rtol=1e-5, atol=1e-5)
+
+
+def applied(program: Program, plan: dict[str, Any], folder: Path) -> Program:
+    Plan.from_json(plan).save(folder / "plan.json")
+    return run(program, ApplyPlan(path=str(folder / "plan.json")), [])[0]
+
+
+@pytest.mark.parametrize("name", zoo_parameters(["bert", "llama", "gpt2", "qwen3"], quick=["bert", "llama"]))
+def test_its_plan_does_it_again(name: str, tmp_path: Path) -> None:
+    program = traced(name)
+    changed, stats = run(program, Shrp(share=0.5), inputs(name))
+    again = applied(program, stats.plan, tmp_path)
+    assert again.fingerprint() == changed.fingerprint() != program.fingerprint()
+    assert again.to_text().partition("\n")[2] == changed.to_text().partition("\n")[2]
+    assert stats.plan["budget"] == {
+        "unit": "params", "before": program.parameter_count, "after": changed.parameter_count
+    }  # fmt: skip
+    decisions = Plan.from_json(stats.plan).decisions
+    assert [list(d.kept) for d in decisions] == [row["kept"] for row in stats.plan["heads"]]
+    assert [d.scores for d in decisions] == [tuple(row["usage"]) for row in stats.plan["heads"]]
+    assert {(d.kind, d.reason) for d in decisions} == {("heads", "lowest top-1 usage")}
+
+
+@torch.no_grad()
+def test_its_plan_may_be_edited(tmp_path: Path) -> None:
+    model, program = encoder()
+    _, stats = run(program, Shrp(heads=2), data())
+    edits = [[0], [3, 1]]
+    for site, heads in zip(stats.plan["sites"], edits, strict=True):
+        site["removed"] = heads
+    after = applied(program, stats.plan, tmp_path)
+    silence(model, edits)
+    for batch in data(2, seed=5):
+        torch.testing.assert_close(after(**batch), model(**batch), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("router_steps", "ranking"), [(0, "top-1"), (1, "routed")])
+def test_what_an_expander_learned_is_in_no_plan(router_steps: int, ranking: str, tmp_path: Path) -> None:
+    _, program = encoder()
+    settings = Shrp(stage="expand", heads=1, steps=1, router_steps=router_steps)
+    changed, stats = run(program, settings, data())
+    plan = Plan.from_json(stats.plan)
+    assert plan.compensation == PARTIAL and plan.budget["after"] == changed.parameter_count
+    assert [list(d.kept) for d in plan.decisions] == [row["kept"] for row in stats.plan["heads"]]
+    assert {d.reason for d in plan.decisions} == {f"lowest {ranking} usage"}
+    assert any("expanders and training are not in it" in note for note in stats.notes)
+    with pytest.raises(PreconditionError, match="holds only what"):
+        applied(program, stats.plan, tmp_path)
 
 
 def test_shared_key_heads_are_ranked_and_cut_as_groups() -> None:
@@ -469,5 +548,6 @@ def test_neutral_and_planted_laws() -> None:
     case = Shrp.planted()
     changed, stats = run(case.program, case.settings, list(map(dict, case.calibration)))  # type: ignore[arg-type]
     assert case.found(changed, stats)
-    same, _ = run(case.program, Shrp.neutral(), [])
+    same, stats = run(case.program, Shrp.neutral(), [])
     assert same.to_text() == case.program.to_text()
+    assert not Plan.from_json(stats.plan).changes

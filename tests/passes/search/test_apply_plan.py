@@ -19,6 +19,7 @@ from graphlathe.passes.channels.compress import Compress
 from graphlathe.passes.channels.flap import Flap
 from graphlathe.passes.channels.planted import constant_channels_case
 from graphlathe.passes.channels.tyr import Tyr
+from graphlathe.passes.heads.shrp import Shrp
 from graphlathe.passes.layers.evopress import EvoPress
 from graphlathe.passes.layers.shortgpt import ShortGpt
 from graphlathe.passes.manager import PassManager
@@ -38,6 +39,7 @@ PRESETS: dict[str, Pass] = {
     "evopress depth": EvoPress(ratio=0.4, **QUICK),
     "evopress sparsity": EvoPress(mode="sparsity", ratio=0.4, levels=4, **QUICK),
     "evopress bits": EvoPress(mode="bits", ratio=0.5, **QUICK),
+    "shrp": Shrp(heads=1),
     "rocket": Rocket(ratio=0.3),
     "compress none": Compress(ratio=0.4, compensation="none"),
     "compress bias": Compress(ratio=0.4, compensation="bias"),
@@ -75,7 +77,7 @@ def test_applying_gives_what_choosing_gave(preset: str, tmp_path: Path) -> None:
     assert found.hits == sum(bool(site["removed"] or site["level"]) for site in stats.plan["sites"])
 
 
-@pytest.mark.parametrize("preset", ["shortgpt", "evopress depth", "compress none"])
+@pytest.mark.parametrize("preset", ["shortgpt", "evopress depth", "shrp", "compress none"])
 def test_without_compensation_no_data_is_needed(preset: str, tmp_path: Path) -> None:
     chosen, stats = run(fresh(), PRESETS[preset], data())
     applied, _ = run(fresh(), ApplyPlan(path=saved(tmp_path, stats.plan)), None)
@@ -86,6 +88,16 @@ def test_without_compensation_no_data_is_needed(preset: str, tmp_path: Path) -> 
 def test_with_compensation_data_is_needed(preset: str, tmp_path: Path) -> None:
     plan = run(fresh(), PRESETS[preset], data())[1].plan
     refused(fresh(), ApplyPlan(path=saved(tmp_path, plan)), None, "needs calibration data")
+
+
+def test_a_plan_that_is_a_part_of_what_was_done_is_refused_until_it_says_that_this_is_all(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"heads": 1, "router_steps": 0, "steps": 0}
+    plan = run(fresh(), Shrp(stage="expand", **settings), data())[1].plan
+    part = ApplyPlan(path=saved(tmp_path, plan))
+    error = refused(fresh(), part, data(), r"only what 'shrp\{stage=expand .*' removed")
+    assert error.remedy is not None and "run that pass itself" in error.remedy
+    heads, _ = run(fresh(), ApplyPlan(path=saved(tmp_path, plan | {"compensation": "none"})), None)
+    assert heads.fingerprint() == run(fresh(), Shrp(**settings), data())[0].fingerprint()
 
 
 def test_an_edited_plan_is_a_plan(tmp_path: Path) -> None:

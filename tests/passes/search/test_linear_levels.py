@@ -53,11 +53,11 @@ def test_bits_cost_the_bytes_that_they_take() -> None:
     # 20 rows of 12 codes with 2 groups, 12 rows of 20 codes with 4 groups: scale and zero take 5 bytes a group.
     assert costs(places) == [[960, 20 * (12 + 10), 20 * (6 + 10)], [960, 12 * (20 + 20), 12 * (10 + 20)]] * 2
     assert [level.label for level in places[0].levels[1:]] == [
-        "bits=8 group=6 method=gptq shape=20x12",
-        "bits=4 group=6 method=gptq shape=20x12",
+        "bits=8 group=6 method=gptq shape=20x12 was=32",
+        "bits=4 group=6 method=gptq shape=20x12 was=32",
     ]
     wide, _ = linear_places(mlps(), data(), "bits", LinearSettings(bits=(4,)))
-    assert wide[0].levels[1].label == "bits=4 method=gptq shape=20x12"
+    assert wide[0].levels[1].label == "bits=4 method=gptq shape=20x12 was=32"
 
 
 def test_ranks_cost_their_numbers() -> None:

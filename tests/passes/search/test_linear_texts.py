@@ -29,7 +29,7 @@ LEVELS = st.one_of(
 @given(LEVELS)
 def test_what_is_written_is_read_back(level: LinearLevel) -> None:
     assert parse(str(level), 96, 32) == level
-    assert parse(for_plan(level, 96, 32), 96, 32) == level
+    assert parse(for_plan(level, 96, 32, 16), 96, 32) == level
 
 
 def test_methods_have_defaults() -> None:
@@ -54,6 +54,8 @@ def test_methods_have_defaults() -> None:
         ("rank=0", "rank is 0"),
         ("rank=1 nonzeros=2", "nonzeros is 2"),
         ("rank=1 method=gptq", "'method' has no meaning"),
+        ("bits=4 was=0", "no weight takes 0 bits"),
+        ("nonzeros=4 was=32", "'was' has no meaning"),
         ("bits=4 shape=4x2", "the layer has 2 outputs and 4 inputs"),
     ],
 )

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from graphlathe.ir.program import Program
 from graphlathe.passes.search import millisecond_table, milliseconds
 from graphlathe.passes.search.millisecond_table import MillisecondTable, Setting, key_text
 from graphlathe.passes.search.milliseconds import measure_ms, ms_table
+from graphlathe.runtime.session import ProgramSession
 
 FEEDS = {"x": torch.ones(2, 8)}
 
@@ -116,14 +118,14 @@ def test_saved_per_site_and_baseline(
     counts = {("mlp", 1): 2, ("mlp", 2): 2, ("attention", 1): 1}
     table = ms_table(programs[4], variants, counts, feeds, at_once=2)
     # The baseline has 4 ms and the drift of a typical round; in the differences the drift is gone.
-    expected = {None: 1004.0, ("mlp", 1): 1.0, ("mlp", 2): 1.5, ("attention", 1): 1.0}
-    assert table == pytest.approx(expected)
+    assert table.baseline == pytest.approx(1004.0)
+    assert table.saved == pytest.approx({("mlp", 1): 1.0, ("mlp", 2): 1.5, ("attention", 1): 1.0})
     assert [len(group) for group in layers.groups] == [3, 2]
     assert all(group[0] == "" for group in layers.groups)
 
 
 def test_slower_is_negative(programs: dict[int, Program], feeds: dict[str, torch.Tensor], layers: Layers) -> None:
-    assert ms_table(programs[1], {"x": lambda: programs[3]}, {"x": 1}, feeds)["x"] == pytest.approx(-2.0)
+    assert ms_table(programs[1], {"x": lambda: programs[3]}, {"x": 1}, feeds).saved["x"] == pytest.approx(-2.0)
 
 
 def test_nothing_is_measured_twice(
@@ -141,10 +143,10 @@ def test_nothing_is_measured_twice(
         raise AssertionError("it was measured already")
 
     again = ms_table(programs[4], {("mlp", 1): never}, {("mlp", 1): 2}, feeds, path)
-    assert again == first
+    assert again == replace(first, runs=0) and first.runs > 0
     assert len(layers.groups) == 1
     more = ms_table(programs[4], {("mlp", 1): never, "other": build}, {("mlp", 1): 2, "other": 1}, feeds, path)
-    assert more == {**first, "other": pytest.approx(1.0)}
+    assert more.saved == {**first.saved, "other": pytest.approx(1.0)}
     assert built == ["other"]
     assert layers.groups[1:] == [["", '"other"']]
 
@@ -186,6 +188,24 @@ def test_another_setting_is_measured_again(
     assert len(layers.groups) == 2
 
 
+def test_every_run_is_counted(
+    programs: dict[int, Program], feeds: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the sessions, which are real: two runs to warm each of them up for each group, and what the rounds repeat."""
+    ran: list[Program] = []
+    plain = ProgramSession.run
+
+    def run(session: ProgramSession, feeds: Any) -> Any:
+        ran.append(session.program)
+        return plain(session, feeds)
+
+    monkeypatch.setattr(ProgramSession, "run", run)
+    variants = {n: (lambda n=n: programs[n]) for n in (1, 2, 3)}
+    table = ms_table(programs[4], variants, dict.fromkeys(variants, 1), feeds, at_once=2, disturbed=math.inf)
+    assert table.runs == len(ran) >= (3 + 2) * (2 + 9)
+    assert {id(program) for program in ran} == {id(program) for program in programs.values()}
+
+
 def test_what_was_measured_before_a_failure_is_kept(
     programs: dict[int, Program], feeds: dict[str, torch.Tensor], layers: Layers, tmp_path: Path
 ) -> None:
@@ -206,7 +226,7 @@ def test_no_variants_measure_the_baseline(
 ) -> None:
     path = tmp_path / "table.json"
     for _ in range(2):
-        assert ms_table(programs[4], {}, {}, feeds, path) == {None: pytest.approx(1004.0)}
+        assert ms_table(programs[4], {}, {}, feeds, path).baseline == pytest.approx(1004.0)
     assert layers.groups == [[""]]
 
 
@@ -216,13 +236,13 @@ def test_a_real_measurement_and_its_file(
     path = tmp_path / "table.json"
     variants = {("mlp", n): (lambda n=n: programs[n]) for n in (1, 2)}
     table = ms_table(programs[4], variants, dict.fromkeys(variants, 2), feeds, path, at_once=1, disturbed=math.inf)
-    assert table.keys() == {None, *variants}
-    assert table[None] > 0
-    assert all(math.isfinite(ms) for ms in table.values())
+    assert table.saved.keys() == set(variants)
+    assert table.baseline > 0
+    assert all(math.isfinite(ms) for ms in table.saved.values())
     read = MillisecondTable.load(path)
     here = Setting.here(programs[4], feeds)
-    assert read.baseline == {here: table[None]}
-    assert read.saved == {(here, key_text(key), 2): table[key] for key in variants}
+    assert read.baseline == {here: table.baseline}
+    assert read.saved == {(here, key_text(key), 2): table.saved[key] for key in variants}
     (part,) = json.loads(path.read_text())["measured"]
     assert part["setting"]["program"] == programs[4].fingerprint()
     assert part["setting"]["feeds"] == {next(iter(feeds)): "float32[2, 8]"}
@@ -255,8 +275,6 @@ def test_wrong_arguments_are_errors(programs: dict[int, Program], feeds: dict[st
             ms_table(programs[4], variants, counts, feeds)
     with pytest.raises(GraphlatheError, match="cannot name a measurement"):
         ms_table(programs[4], {torch.float32: lambda: programs[1]}, {torch.float32: 1}, feeds)
-    with pytest.raises(GraphlatheError, match="not None"):
-        ms_table(programs[4], {None: lambda: programs[1]}, {None: 1}, feeds)
     with pytest.raises(GraphlatheError, match="at_once is 0"):
         ms_table(programs[4], variants, {"a": 1}, feeds, at_once=0)
     with pytest.raises(GraphlatheError, match="repeats is 3"):

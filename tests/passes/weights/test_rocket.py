@@ -25,6 +25,7 @@ from graphlathe.passes.search.linear_levels import LinearSettings, linear_places
 from graphlathe.passes.search.linear_sites import linear_sites
 from graphlathe.passes.search.plan import Plan
 from graphlathe.passes.weights.rocket import Rocket, without_worst
+from tests.passes.channels.tiny import refused
 from tests.passes.search.linear_models import HIDDEN, WIDTH, batches, data, mlps
 
 Array = np.ndarray[Any, Any]
@@ -201,6 +202,19 @@ def test_leaving_out_bad_levels_may_put_the_budget_out_of_reach() -> None:
         run(Rocket(ratio=0.6, alpha=0.1), mlps(torch.float64))
     assert caught.value.expected is not None
     assert "alpha" in (caught.value.remedy or "")
+
+
+@pytest.mark.parametrize("kappa", [1.0, 2.0])
+def test_an_unreachable_budget_names_the_smallest_and_what_blocks_more(kappa: float) -> None:
+    program, settings = mlps(torch.float64), {"kappa": kappa, "step": 0.1, "most": 0.4}
+    rows = linear_places(program, data(torch.float64), "rank", LinearSettings(kappa=kappa, share=0.1, most=0.4))[0]
+    least = int(program.parameter_count - sum(p.levels[0].cost - min(level.cost for level in p.levels) for p in rows))
+    error = refused(program, Rocket(target=least - 1, **settings), batches(torch.float64), "out of reach")
+    assert f"budget of {least - 1:,} params" in str(error) and error.expected == f"at least {least:,}"
+    assert "; blocked elsewhere by: outside of the blocks of a residual stream (1x); a map to an output" in str(error)
+    assert error.remedy == "raise the budget, or most="
+    _, stats = run(Rocket(target=least, **settings), program)
+    assert stats.plan["budget"]["after"] == least
 
 
 def test_refusals() -> None:
