@@ -60,7 +60,7 @@ def trainable_weights(program: Program, *, tables: bool = True) -> list[str]:
 
     Args:
         program: a program; it is not changed.
-        tables: whether tables whose rows are looked up are among them, with what shares their numbers: tied output maps.
+        tables: whether tables whose rows are looked up are among them, with what shares their numbers (tied heads).
     """
     flow = Flow(program.main)
     active = _activations(flow)
