@@ -316,6 +316,7 @@ class TestMethods:
 
     def test_pipelines_are_filled(self) -> None:
         assert fill("a{x=$ratio n=$params}", LEVEL) == "a{x=0.5 n=100}"
+        assert fill("$params", {"params": 113_274_432}) == "113285759", "a table of 32 constants is not over the budget"
         with pytest.raises(GraphlatheError, match="nothing"):
             fill("a{x=$nothing}", LEVEL)
 

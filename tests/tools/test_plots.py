@@ -169,6 +169,8 @@ def heights(figure: Any) -> list[float]:
         ("nonzeros=0 method=magnitude shape=64x32", 0.0),
         ("bits=4 group=64 method=gptq shape=64x64 was=32", 4 / 32),
         ("bits=3 method=gptq shape=64x64 was=16", 3 / 16),
+        ("nonzeros=512 method=wanda correction=4 shape=64x32", (512 + 4 * (64 + 32)) / (64 * 32)),
+        ("bits=4 method=gptq correction=8 shape=64x64 was=32", 4 / 32 + 8 * 128 / 64**2),
         ("rank=8 shape=64x32", 8 * (64 + 32) / (64 * 32)),
         ("rank=8 nonzeros=4 shape=64x32", (8 * 32 + 4 * 64) / (64 * 32)),
         ("rank=32 shape=64x32", 1.5),
@@ -197,9 +199,10 @@ def test_what_a_plan_does_not_say_is_not_drawn(level: str) -> None:
     [
         EvoPress(mode="sparsity", ratio=0.4, levels=4, generations=1, offspring=2),
         EvoPress(mode="bits", bits=(8, 4), ratio=0.6, generations=1, offspring=2),
+        EvoPress(mode="sparsity", ratio=0.3, levels=4, rank=1, generations=1, offspring=2),
         Rocket(ratio=0.3),
     ],
-    ids=["sparsity", "bits", "rank"],
+    ids=["sparsity", "bits", "sparsity with maps", "rank"],
 )
 def test_bars_of_linear_layers_are_what_the_program_stores(settings: Pass) -> None:
     blocks = [tiny.Attention(4, 4), tiny.Mlp(8), tiny.Attention(4, 4), tiny.Mlp(8)]

@@ -256,6 +256,11 @@ OURS: dict[str, tuple[Method, ...]] = {
 """Our methods by suite."""
 
 
+_ROUNDING = 1.0001
+"""Parameters that ours may have, over the level's: tables of constants are counted by some, and not by others. Without it
+a model less the blocks that the level is made of would be over the budget."""
+
+
 def fill(pipeline: str, level: Mapping[str, Any]) -> str:
     """The pipeline with the level's numbers in it.
 
@@ -263,6 +268,8 @@ def fill(pipeline: str, level: Mapping[str, Any]) -> str:
         GraphlatheError: it names a number that levels do not have.
     """
     numbers = {key: f"{value:.6g}" if isinstance(value, float) else str(value) for key, value in level.items()}
+    if "params" in level:
+        numbers["params"] = str(int(_ROUNDING * level["params"]))
     try:
         return Template(pipeline).substitute(numbers)
     except (KeyError, ValueError) as error:
