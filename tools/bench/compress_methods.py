@@ -257,8 +257,8 @@ OURS: dict[str, tuple[Method, ...]] = {
 
 
 _ROUNDING = 1.0001
-"""Parameters that ours may have, over the level's: tables of constants are counted by some, and not by others. Without it
-a model less the blocks that the level is made of would be over the budget."""
+"""Parameters that ours may have, over the level's: tables of constants are counted by some, and not by others, and a
+model without the blocks that the level is made of must not be over the budget."""
 
 
 def fill(pipeline: str, level: Mapping[str, Any]) -> str:
