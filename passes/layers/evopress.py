@@ -9,7 +9,9 @@ are compared by what they do to the outputs, on real data, by evolution under a 
 
 What a level is depends on ``mode``: ``depth`` keeps or drops attention and MLP branches (or whole blocks, ``tied``);
 ``sparsity`` gives every linear layer a number of nonzero weights, from a database of SparseGPT solutions; ``bits``
-gives every linear layer a number of bits, from one of GPTQ or round-to-nearest solutions.
+gives every linear layer a number of bits, from one of GPTQ or round-to-nearest solutions. With ``rank`` there are maps
+of low rank in the place of what is dropped (`search.correct`), or beside a weight that changes
+(`search.linear_correction`).
 
 Attention and MLP branches may trade under one budget, the search starts from what every cheap heuristic says, and
 candidates are compared on common data and start from their parent's stream (`search.candidates`).
@@ -66,7 +68,11 @@ class EvoPress(Pass):
     bits: tuple[int, ...] = option((8, 4, 3, 2), ge=2, le=8, help="bits: the levels")
     group: int = option(64, ge=1, help="bits: input channels that share a scale and a zero point")
     method: str | None = option(None, choices=METHODS, help="how a level is solved; none: the best one of the mode")
-    rank: int = option(0, ge=0, help="rank of a map, fitted in closed form, in the place of what is dropped; 0: none")
+    rank: int = option(
+        0,
+        ge=0,
+        help="rank of maps, fitted in closed form, in the place of what is dropped or beside a changed weight; 0: none",
+    )
     generations: int = option(100, ge=0, help="generations at most")
     offspring: int = option(16, ge=1, help="new candidates per generation")
     survivors: int = option(3, ge=1, help="candidates that are judged on all the data")
@@ -103,7 +109,7 @@ class EvoPress(Pass):
             unit=_UNITS.get(self.mode, self.budget),
             ratio=self.ratio,
             target=self.target,
-            rank=self.rank,
+            rank=self.rank if self.mode == "depth" else 0,  # elsewhere levels say it
         )
 
     def settings(self, batches: int) -> Settings:
@@ -141,7 +147,9 @@ class EvoPress(Pass):
 
     def _stored(self, program: Program, ctx: Context) -> Table:
         """Linear layers with a database of levels."""
-        settings = LinearSettings(method=self.method, steps=self.levels, bits=self.bits, group=self.group)
+        settings = LinearSettings(
+            method=self.method, steps=self.levels, bits=self.bits, group=self.group, correction=self.rank
+        )
         folder = None if ctx.workspace is None else ctx.workspace / "levels"
         places, blocked = linear_places(program, ctx, self.mode, settings, folder=folder)
         if not places:

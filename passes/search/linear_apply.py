@@ -14,10 +14,11 @@ from ...ir.rewrite import Rewriter
 from ..base import Context
 from .consumers import with_weight_matrix
 from .linear_codes import store_codes
+from .linear_correction import put_beside
 from .linear_factors import split
 from .linear_sites import LinearSite, linear_sites
-from .linear_solve import Solved, counted_bytes, executed_macs, solve
-from .linear_texts import Bits, LinearLevel, LowRank, Sparse, parse
+from .linear_solve import Solved, correction_params, counted_bytes, executed_macs, solve
+from .linear_texts import Bits, LinearLevel, LowRank, Sparse, correction_of, parse
 from .local.factorize import Factors
 from .local.round_to_nearest import Quantized
 from .plan import Decision
@@ -32,7 +33,7 @@ def apply_linear(
     """Change the weights of linear layers as decided, in place.
 
     Pruned weights keep their shape and hold zeros; codes are stored packed, with the operators that expand them; two
-    factors become two layers.
+    factors become two layers. Corrections are two more layers beside the changed one.
 
     Args:
         program: the program, before any other change of a plan.
@@ -87,6 +88,8 @@ def _level(site: LinearSite | None, decision: Decision, made_by: str) -> LinearL
 
 def _store(rewriter: Rewriter, solved: Solved) -> None:
     site, stored = solved.site, solved.stored
+    if solved.correction is not None:
+        put_beside(rewriter, site, solved.correction)
     if isinstance(stored, Quantized):
         store_codes(rewriter, site, stored)
     elif isinstance(stored, Factors):
@@ -103,16 +106,18 @@ def _notes(program: Program, sites: Sequence[LinearSite], wanted: dict[int, list
             continue
         before = sum(program.weights[site.weight].nbytes for site, _ in pairs)
         after = sum(counted_bytes(level, site, program.weights[site.weight].dtype) for site, level in pairs)
+        beside = _beside(pairs)
         if kind is Sparse:
             left = sum(level.nonzeros for _, level in pairs if isinstance(level, Sparse))
+            dense = before + sum(correction_params(lv, s) * program.weights[s.weight].dtype.itemsize for s, lv in pairs)
             notes.append(
-                f"{len(pairs)} linear layers keep {left:,} of {sum(s.size for s, _ in pairs):,} weights: they are "
-                f"stored and run dense, with zeros ({before:,} bytes; {after:,} in a file with positions instead)"
+                f"{len(pairs)} linear layers keep {left:,} of {sum(s.size for s, _ in pairs):,} weights{beside}: they "
+                f"are stored and run dense, with zeros ({dense:,} bytes; {after:,} in a file with positions instead)"
             )
         elif kind is Bits:
             notes.append(
-                f"{len(pairs)} linear layers are stored as packed codes: {after:,} bytes instead of {before:,}; they "
-                "are expanded when they run"
+                f"{len(pairs)} linear layers are stored as packed codes{beside}: {after:,} bytes instead of "
+                f"{before:,}; they are expanded when they run"
             )
         else:
             macs = sum(executed_macs(level, site) for site, level in pairs)
@@ -123,3 +128,16 @@ def _notes(program: Program, sites: Sequence[LinearSite], wanted: dict[int, list
                 f"{dense:,}{more}; {after:,} bytes instead of {before:,} where zeros are not stored"
             )
     return notes
+
+
+def _beside(pairs: Sequence[tuple[LinearSite, LinearLevel]]) -> str:
+    """What stands beside the weights of these layers; empty if nothing does."""
+    corrected = [(site, level) for site, level in pairs if correction_of(level)]
+    if not corrected:
+        return ""
+    numbers = sum(correction_params(level, site) for site, level in corrected)
+    ranks = ", ".join(map(str, sorted({correction_of(level) for _, level in corrected})))
+    return (
+        f", and {len(corrected)} of them have two maps of rank {ranks} beside them ({numbers:,} numbers, and as many "
+        "more multiply-adds per row)"
+    )

@@ -34,14 +34,20 @@ def split(rewriter: Rewriter, site: LinearSite, factors: Factors) -> None:
     for consumer in site.consumers:
         node = consumer.node
         # A weight may be cast before it is used; its factors are stored in the type that they are used in.
-        dtype = consumer.operand.meta["val"].dtype
+        dtype = operand_of(node).meta["val"].dtype
         first, second = (
             _factor(rewriter, site, consumer, names, what, matrix.to(dtype))
             for what, matrix in (("right", factors.right), ("left", factors.left))
         )
         with rewriter.before(node):
-            new = _calls(rewriter, node, consumer.operand, first, second)
+            new = _calls(rewriter, node, first, second)
         rewriter.replace(node, new)
+
+
+def operand_of(node: fx.Node) -> fx.Node:
+    """What an operator of a site multiplies now: changes of other sites replace what its consumer says."""
+    args = bind(node)
+    return next(args[key] for key in ("input", "mat1", "self") if key in args)
 
 
 def _factor(
@@ -64,8 +70,8 @@ def _factor(
     return rewriter.weight(names[key], Weight.from_tensor(value))
 
 
-def _calls(rewriter: Rewriter, node: fx.Node, operand: fx.Node, first: fx.Node, second: fx.Node) -> fx.Node:
-    args, target = bind(node), cast(Any, node.target)
+def _calls(rewriter: Rewriter, node: fx.Node, first: fx.Node, second: fx.Node) -> fx.Node:
+    args, target, operand = bind(node), cast(Any, node.target), operand_of(node)
     name = op_name(node)
     if name == "linear":
         hidden = rewriter.call(target, operand, first, like=node)
@@ -77,9 +83,15 @@ def _calls(rewriter: Rewriter, node: fx.Node, operand: fx.Node, first: fx.Node, 
     if name in ("mm", "matmul"):
         hidden = rewriter.call(target, operand, first, like=node)
         return rewriter.call(target, hidden, second, like=node)
-    # A convolution: strides and padding belong to the first, which sees the places; the bias to the second.
-    bias = args["bias"]
-    if name == "convolution":
+    return two_convolutions(rewriter, node, first, second, args["bias"])
+
+
+def two_convolutions(
+    rewriter: Rewriter, node: fx.Node, first: fx.Node, second: fx.Node, bias: fx.Node | None
+) -> fx.Node:
+    """Two convolutions of what another one reads: strides and padding belong to the first, which sees the places."""
+    args, target, operand = bind(node), cast(Any, node.target), operand_of(node)
+    if op_name(node) == "convolution":
         rest = [args[key] for key in ("stride", "padding", "dilation", "transposed", "output_padding", "groups")]
         hidden = rewriter.call(target, operand, first, None, *rest, like=node)
         count = node.meta["val"].dim() - 2

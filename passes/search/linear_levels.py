@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from ...ir.weights import Weight
 from ..base import Context
 from .consumers import with_weight_matrix
 from .levels import Level, Place
+from .linear_correction import that_save
 from .linear_sites import LinearSite, linear_sites
 from .linear_solve import Solved, counted_bytes, counted_params, solve
 from .linear_texts import BITS_METHODS, SPARSE_METHODS, Bits, LinearLevel, LowRank, Sparse, for_plan
@@ -42,15 +43,17 @@ class LinearSettings:
 
     Attributes:
         method: how a level is solved, out of `SPARSE_METHODS` or `BITS_METHODS`; None: the first of them.
-        step: sparsity: how many weights each level removes more than the one before, the same for all layers, so that
-            one layer's step up pays for another's step down. None: such that the largest layer has ``steps`` levels.
-        steps: sparsity: levels of the largest layer besides the untouched one, where ``step`` is not given.
+        step: sparsity: how many numbers each level saves more than the one before, the same for all layers, so that
+            one layer's step up pays for another's step down. None: such that the layer that can save most has ``steps``
+            levels.
+        steps: sparsity: levels of that layer besides the untouched one, where ``step`` is not given.
         floor: sparsity: the share of a layer's weights that stays at least.
         bits: bits: the levels.
         group: bits: columns that share a scale and a zero point; None: whole rows.
         kappa: rank: how many times as many coefficients as each output keeps there are; 1 for a dense factor.
         share: rank: the share of a layer that each level removes more than the one before.
         most: rank: the share that the last level removes.
+        correction: sparsity and bits: rank of the maps beside every changed weight, which count; 0 for none.
     """
 
     method: str | None = None
@@ -62,6 +65,7 @@ class LinearSettings:
     kappa: float = 1.0
     share: float = 0.05
     most: float = 0.7
+    correction: int = 0
 
 
 Database = dict[int, dict[LinearLevel, tuple[Weight | None, float | None]]]
@@ -80,7 +84,8 @@ def linear_places(
     """The weights of linear layers as places of a search.
 
     What a level costs is counted in parameters (``sparsity``: nonzeros; ``rank``: the numbers in both factors that are
-    used) or in bytes (``bits``: codes, scales and zero points). A level's label is what a plan holds.
+    used) or in bytes (``bits``: codes, scales and zero points), with the maps of a correction. A level's label is what
+    a plan holds.
 
     Args:
         program: the program.
@@ -101,19 +106,32 @@ def linear_places(
     settings = LinearSettings() if settings is None else settings
     sites, blocked = linear_sites(program, ctx.structure(program))
     wanted = levels_of(sites, mode, settings)
+    if settings.correction:
+        wanted = {site.index: that_save(wanted[site.index], _costs(program, site, mode)) for site in sites}
+        small = [site for site in sites if not wanted[site.index]]
+        sites = [site for site in sites if wanted[site.index]]
+        if small:
+            blocked[f"a layer too small for maps of rank {settings.correction} beside it"] = len(small)
     database = build(program, sites, wanted, ctx, weights=weights, folder=folder)
     places: list[Place] = []
     for site in sites:
-        stored = program.weights[site.weight]
-        levels = [Level("untouched", stored.nbytes if mode == "bits" else site.size, 0.0)]
+        cost, was = _costs(program, site, mode), 8 * program.weights[site.weight].dtype.itemsize
+        levels = [Level("untouched", cost(None), 0.0)]
         for level in wanted[site.index]:
             weight, error = database[site.index][level]
-            cost = counted_bytes(level, site, stored.dtype) if mode == "bits" else counted_params(level, site)
             replaced: Mapping[str, Weight] = {} if weight is None else {site.weight: weight}
-            text = for_plan(level, site.outputs, site.inputs, 8 * stored.dtype.itemsize)
-            levels.append(Level(text, cost, error, replaced=replaced))
+            text = for_plan(level, site.outputs, site.inputs, was)
+            levels.append(Level(text, cost(level), error, replaced=replaced))
         places.append(Place("linear", site.label, site.block, tuple(levels), site.first, site.index))
     return places, blocked
+
+
+def _costs(program: Program, site: LinearSite, mode: str) -> Callable[[LinearLevel | None], int]:
+    """What a layer costs at a level, or as it is (None), in the unit of a mode."""
+    stored = program.weights[site.weight]
+    if mode == "bits":
+        return lambda level: stored.nbytes if level is None else counted_bytes(level, site, stored.dtype)
+    return lambda level: site.size if level is None else counted_params(level, site)
 
 
 def levels_of(sites: Sequence[LinearSite], mode: str, settings: LinearSettings) -> dict[int, list[LinearLevel]]:
@@ -132,11 +150,14 @@ def levels_of(sites: Sequence[LinearSite], mode: str, settings: LinearSettings) 
         return {site.index: _bit_levels(site, settings, method) for site in sites}
     if mode == "rank":
         return {site.index: _rank_levels(site, settings) for site in sites}
-    largest = max((site.size for site in sites), default=0)
-    step = settings.step or max(1, math.floor(largest * (1 - settings.floor) / settings.steps))
+    rank = settings.correction
+    beside = {site.index: rank * (site.inputs + site.outputs) for site in sites}
+    room = {site.index: _removable(site, settings.floor) - beside[site.index] for site in sites}
+    step = settings.step or max(1, max(room.values(), default=0) // settings.steps)
     return {
         site.index: [
-            Sparse(site.size - gone, method) for gone in range(step, _removable(site, settings.floor) + 1, step)
+            Sparse(site.size - beside[site.index] - saved, method, rank)
+            for saved in range(step, room[site.index] + 1, step)
         ]
         for site in sites
     }
@@ -149,7 +170,7 @@ def _removable(site: LinearSite, floor: float) -> int:
 def _bit_levels(site: LinearSite, settings: LinearSettings, method: str) -> list[LinearLevel]:
     # A group as wide as a row is the row.
     group = settings.group if settings.group is not None and settings.group < site.inputs else None
-    return [Bits(bits, group, method) for bits in sorted(set(settings.bits), reverse=True)]
+    return [Bits(bits, group, method, settings.correction) for bits in sorted(set(settings.bits), reverse=True)]
 
 
 def _rank_levels(site: LinearSite, settings: LinearSettings) -> list[LinearLevel]:

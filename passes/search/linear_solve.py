@@ -16,9 +16,11 @@ from torch import Tensor
 from ...ir.errors import PreconditionError
 from ...ir.program import Program
 from ..base import Context
+from .compensation.low_rank import metric_root
 from .consumers import weight_matrix
+from .linear_correction import fitted
 from .linear_sites import LinearSite
-from .linear_texts import Bits, LinearLevel, LowRank, Sparse, needs_data
+from .linear_texts import Bits, LinearLevel, LowRank, Sparse, correction_of, needs_data
 from .local.factorize import Factors, Whitened, whiten
 from .local.gptq import gptq
 from .local.layer_error import layer_error
@@ -42,25 +44,31 @@ class Solved:
         site, level: which.
         stored: its weight.
         error: relative squared error of the layer's outputs, `local.layer_error`; None without calibration data.
+        correction: the maps beside it, where there are some.
     """
 
     site: LinearSite
     level: LinearLevel
     stored: Stored
     error: float | None
+    correction: Factors | None = None
 
     def matrix(self) -> Tensor:
         """The weight [outputs, inputs] that is multiplied by, in the type of the layer's weight."""
-        return as_matrix(self.stored)
+        return as_matrix(self.stored, self.correction)
 
 
-def as_matrix(stored: Stored) -> Tensor:
-    """The weight that a stored form stands for."""
+def as_matrix(stored: Stored, correction: Factors | None = None) -> Tensor:
+    """The weight that a stored form stands for, together with the maps beside it."""
     if isinstance(stored, Quantized):
-        return stored.dequantize()
-    if isinstance(stored, Factors):
-        return (stored.left.double() @ stored.right.double()).to(stored.left.dtype)
-    return stored
+        matrix = stored.dequantize()
+    elif isinstance(stored, Factors):
+        matrix = (stored.left.double() @ stored.right.double()).to(stored.left.dtype)
+    else:
+        matrix = stored
+    if correction is None:
+        return matrix
+    return (matrix.double() + correction.left.double() @ correction.right.double()).to(matrix.dtype)
 
 
 def solve(
@@ -88,7 +96,7 @@ def solve(
                 raise PreconditionError(
                     f"'{blind}' needs calibration data",
                     expected="batches of inputs",
-                    remedy="pass calibration= (or --calibration FILE), or use magnitude or round-to-nearest",
+                    remedy="pass calibration= (or --calibration FILE), or use magnitude or round-to-nearest alone",
                 )
         for site in ctx.progress(todo, len(todo), "linear layers"):
             yield from _levels(program, site, wanted[site.index], None)
@@ -117,6 +125,7 @@ def _levels(program: Program, site: LinearSite, levels: Sequence[LinearLevel], g
     # In the weight's own type, so that scales and factors are of that type.
     matrix = weight_matrix(program, site.consumers[0]).to(program.weights[site.weight].dtype)
     whitened: Whitened | None = None
+    root: Tensor | None = None
     for level in levels:
         if isinstance(level, LowRank):
             assert gram is not None
@@ -124,8 +133,13 @@ def _levels(program: Program, site: LinearSite, levels: Sequence[LinearLevel], g
             stored: Stored = whitened.factors(level.rank, level.nonzeros)
         else:
             stored = _sparse(matrix, gram, level) if isinstance(level, Sparse) else _codes(matrix, gram, level)
-        error = None if gram is None else layer_error(matrix, as_matrix(stored), gram)
-        yield Solved(site, level, stored, error)
+        correction: Factors | None = None
+        if correction_of(level):
+            assert gram is not None
+            root = metric_root(gram) if root is None else root
+            correction = fitted(matrix, as_matrix(stored), root, correction_of(level))
+        error = None if gram is None else layer_error(matrix, as_matrix(stored, correction), gram)
+        yield Solved(site, level, stored, error, correction)
 
 
 def _sparse(matrix: Tensor, gram: Tensor | None, level: Sparse) -> Tensor:
@@ -144,9 +158,9 @@ def _codes(matrix: Tensor, gram: Tensor | None, level: Bits) -> Quantized:
 def counted_params(level: LinearLevel, site: LinearSite) -> int:
     """Numbers that are not zero by construction: what papers count. Positions and scales are not among them."""
     if isinstance(level, Sparse):
-        return level.nonzeros
+        return level.nonzeros + correction_params(level, site)
     if isinstance(level, Bits):
-        return site.size
+        return site.size + correction_params(level, site)
     each = level.rank if level.nonzeros is None else level.nonzeros
     return level.rank * site.inputs + each * site.outputs
 
@@ -158,14 +172,20 @@ def counted_bytes(level: LinearLevel, site: LinearSite, dtype: torch.dtype) -> i
     is saved; for sparse forms this is what a file with positions would take.
     """
     each = dtype.itemsize
+    beside = correction_params(level, site) * each
     if isinstance(level, Sparse):
-        return sparse_bytes(site.outputs, site.inputs, level.nonzeros, each)
+        return sparse_bytes(site.outputs, site.inputs, level.nonzeros, each) + beside
     if isinstance(level, Bits):
         groups = 1 if level.group is None else math.ceil(site.inputs / level.group)
         row = sum(math.ceil(site.inputs * part / 8) for part in parts_of(level.bits))
-        return site.outputs * (row + groups * (each + 1))
+        return site.outputs * (row + groups * (each + 1)) + beside
     used = site.outputs * (level.rank if level.nonzeros is None else level.nonzeros)
     return level.rank * site.inputs * each + sparse_bytes(site.outputs, level.rank, used, each)
+
+
+def correction_params(level: LinearLevel, site: LinearSite) -> int:
+    """Numbers in the maps beside a layer's weight."""
+    return correction_of(level) * (site.inputs + site.outputs)
 
 
 def parts_of(bits: int) -> list[int]:
@@ -178,4 +198,6 @@ def parts_of(bits: int) -> list[int]:
 
 def executed_macs(level: LinearLevel, site: LinearSite) -> int:
     """Multiply-adds per row as runtimes run it: zeros count."""
-    return level.rank * (site.inputs + site.outputs) if isinstance(level, LowRank) else site.size
+    if isinstance(level, LowRank):
+        return level.rank * (site.inputs + site.outputs)
+    return site.size + correction_params(level, site)

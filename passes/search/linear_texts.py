@@ -4,8 +4,9 @@
     bits=4 group=64 method=gptq         codes of so many bits, a scale and a zero point for each group of columns
     rank=64 nonzeros=32                 two factors; each output keeps so many of the coefficients (all without it)
 
-In a plan ``shape=96x32`` (outputs by inputs) says which layer it was made for, and of codes ``was=32`` how many bits
-each weight took before.
+The first two may end in ``correction=16``: the rank of two maps beside the weight, which make up for what it lost. In
+a plan ``shape=96x32`` (outputs by inputs) says which layer it was made for, and of codes ``was=32`` how many bits each
+weight took before.
 """
 
 from __future__ import annotations
@@ -28,13 +29,15 @@ class Sparse:
     Attributes:
         nonzeros: how many, of the whole layer.
         method: how they are chosen, one of `SPARSE_METHODS`; ``sparsegpt`` also corrects them.
+        correction: rank of the maps beside them; 0 for none.
     """
 
     nonzeros: int
     method: str = "sparsegpt"
+    correction: int = 0
 
     def __str__(self) -> str:
-        return f"nonzeros={self.nonzeros} method={self.method}"
+        return f"nonzeros={self.nonzeros} method={self.method}{_correction_text(self.correction)}"
 
 
 @dataclass(frozen=True)
@@ -45,15 +48,17 @@ class Bits:
         bits: of a code, 2 to 8.
         group: columns that share a scale and a zero point; None for whole rows.
         method: how codes are chosen, one of `BITS_METHODS`.
+        correction: rank of the maps beside them; 0 for none.
     """
 
     bits: int
     group: int | None = None
     method: str = "gptq"
+    correction: int = 0
 
     def __str__(self) -> str:
         group = "" if self.group is None else f" group={self.group}"
-        return f"bits={self.bits}{group} method={self.method}"
+        return f"bits={self.bits}{group} method={self.method}{_correction_text(self.correction)}"
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,12 @@ LinearLevel = Sparse | Bits | LowRank
 
 def needs_data(level: LinearLevel) -> bool:
     """Whether a level can only be computed from calibration data."""
-    return isinstance(level, LowRank) or level.method not in ("magnitude", "round-to-nearest")
+    return isinstance(level, LowRank) or level.correction > 0 or level.method not in ("magnitude", "round-to-nearest")
+
+
+def correction_of(level: LinearLevel) -> int:
+    """The rank of the maps beside a layer's weight; 0 for none."""
+    return 0 if isinstance(level, LowRank) else level.correction
 
 
 def for_plan(level: LinearLevel, outputs: int, inputs: int, was: int) -> str:
@@ -87,6 +97,8 @@ def for_plan(level: LinearLevel, outputs: int, inputs: int, was: int) -> str:
 
 def kept_share(text: str) -> float | None:
     """The share of a layer that a level leaves: of its numbers, or of their bits without scales and zero points.
+
+    Maps beside the weight are counted.
 
     Args:
         text: of a plan.
@@ -103,10 +115,11 @@ def kept_share(text: str) -> float | None:
         return None
     outputs, inputs = sizes
     level = parse(text, outputs, inputs)
+    beside = correction_of(level) * (outputs + inputs) / (outputs * inputs)
     if isinstance(level, Sparse):
-        return level.nonzeros / (outputs * inputs)
+        return level.nonzeros / (outputs * inputs) + beside
     if isinstance(level, Bits):
-        return level.bits / int(given["was"]) if "was" in given else None
+        return level.bits / int(given["was"]) + beside if "was" in given else None
     each = level.rank if level.nonzeros is None else level.nonzeros
     return (level.rank * inputs + each * outputs) / (outputs * inputs)
 
@@ -130,7 +143,7 @@ def parse(text: str, outputs: int, inputs: int) -> LinearLevel:
     shape = given.pop("shape", None)
     if shape is not None and shape != f"{outputs}x{inputs}":
         raise _wrong(text, f"the layer has {outputs} outputs and {inputs} inputs")
-    read = _FORMS.get(frozenset(given) - {"group", "method", "was"})
+    read = _FORMS.get(frozenset(given) - {"group", "method", "correction", "was"})
     if read is None:
         raise _wrong(text, "it is none of the known forms")
     level = read(text, given)
@@ -141,14 +154,14 @@ def parse(text: str, outputs: int, inputs: int) -> LinearLevel:
 
 
 def _sparse(text: str, given: dict[str, str]) -> LinearLevel:
-    return Sparse(_number(text, given, "nonzeros"), _method(text, given, SPARSE_METHODS))
+    return Sparse(_number(text, given, "nonzeros"), _method(text, given, SPARSE_METHODS), _correction(text, given))
 
 
 def _bits(text: str, given: dict[str, str]) -> LinearLevel:
     group = _number(text, given, "group") if "group" in given else None
     if "was" in given and _number(text, given, "was") < 1:
         raise _wrong(text, "no weight takes 0 bits")
-    return Bits(_number(text, given, "bits"), group, _method(text, given, BITS_METHODS))
+    return Bits(_number(text, given, "bits"), group, _method(text, given, BITS_METHODS), _correction(text, given))
 
 
 def _low_rank(text: str, given: dict[str, str]) -> LinearLevel:
@@ -166,7 +179,7 @@ _FORMS: dict[frozenset[str], Callable[[str, dict[str, str]], LinearLevel]] = {
 
 def _check(text: str, level: LinearLevel, outputs: int, inputs: int) -> None:
     most = min(outputs, inputs)
-    ranges: dict[str, tuple[int | None, int, int]] = {}
+    ranges: dict[str, tuple[int | None, int, int]] = {"correction": (correction_of(level), 0, most)}
     if isinstance(level, Sparse):
         ranges["nonzeros"] = level.nonzeros, 0, outputs * inputs
     elif isinstance(level, Bits):
@@ -187,6 +200,14 @@ def _number(text: str, given: dict[str, str], key: str) -> int:
     if not value.isdecimal():
         raise _wrong(text, f"{key} is '{value}'")
     return int(value)
+
+
+def _correction(text: str, given: dict[str, str]) -> int:
+    return _number(text, given, "correction") if "correction" in given else 0
+
+
+def _correction_text(rank: int) -> str:
+    return f" correction={rank}" if rank else ""
 
 
 def _method(text: str, given: dict[str, str], choices: tuple[str, ...]) -> str:

@@ -20,13 +20,26 @@ from .base import check_damping, check_finite, check_shape, statistic
 from .normal_equations import solve
 
 
-def low_rank_residual(weight: Tensor, approximation: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def metric_root(gram: Tensor) -> Tensor:
+    """``S`` [in, in] in float64 with ``S S^T = gram``; one serves all approximations of a weight.
+
+    Args:
+        gram: [in, in], ``X^T X`` or any positive multiple of it.
+
+    Raises:
+        PreconditionError: it is not square, or a number is not finite.
+    """
+    values, vectors = torch.linalg.eigh(statistic("gram", gram, (len(gram), len(gram)), gram.device))
+    return vectors * values.clamp(min=0).sqrt()
+
+
+def low_rank_residual(weight: Tensor, approximation: Tensor, root: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Factors of what an approximation of a weight lost.
 
     Args:
         weight: [out, in] of ``y = W x``.
         approximation: [out, in], what takes its place.
-        gram: [in, in], ``X^T X`` or any positive multiple of it.
+        root: [in, in], `metric_root` of the inputs' gram matrix.
         rank: at least 1, at most the smaller size of the weight.
 
     Returns:
@@ -41,8 +54,8 @@ def low_rank_residual(weight: Tensor, approximation: Tensor, gram: Tensor, rank:
     check_shape("approximation", approximation, tuple(weight.shape))
     lost = weight.double() - approximation.double()
     check_finite("weight - approximation", lost)
-    moments = statistic("gram", gram, (weight.shape[1], weight.shape[1]), weight.device)
-    left, right = _truncated(lost, moments, rank)
+    metric = statistic("root", root, (weight.shape[1], weight.shape[1]), weight.device)
+    left, right = _truncated(lost, metric, rank)
     return left.to(weight.dtype), right.to(weight.dtype)
 
 
@@ -74,16 +87,14 @@ def low_rank_map(gram_xx: Tensor, cross_xy: Tensor, rank: int, *, damping: float
     damped = moments + damping * moments.diagonal().mean() * torch.eye(
         inputs, dtype=torch.float64, device=moments.device
     )
-    left, right = _truncated(full, damped, rank)
+    left, right = _truncated(full, metric_root(damped), rank)
     return left.to(cross_xy.dtype), right.to(cross_xy.dtype)
 
 
-def _truncated(matrix: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The factors of rank ``rank`` nearest to ``matrix`` [out, in] in the metric of ``gram``."""
+def _truncated(matrix: Tensor, root: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The factors of rank ``rank`` nearest to ``matrix`` [out, in] in the metric of ``root root^T``."""
     largest = min(matrix.shape)
     if not 1 <= rank <= largest:
         raise PreconditionError(f"the rank is {rank}", expected=f"1 to {largest}")
-    values, vectors = torch.linalg.eigh(gram)
-    root = vectors * values.clamp(min=0).sqrt()
     left = torch.linalg.svd(matrix @ root, full_matrices=False).U[:, :rank]
     return left, left.T @ matrix

@@ -170,12 +170,22 @@ def solution(weight: torch.Tensor, rows: torch.Tensor, size: int, method: str) -
     return gptq(weight, gram, bits=size).dequantize() if method == "gptq" else sparsegpt(weight, gram, size)
 
 
-def with_solutions(model: Stack, sizes: Mapping[str, int], rows: Mapping[str, torch.Tensor], method: str) -> Stack:
-    """The model with some layers replaced by their solutions."""
+def corrected(weight: torch.Tensor, new: torch.Tensor, rows: torch.Tensor, rank: int) -> torch.Tensor:
+    """With the leading directions of what a layer's outputs lost given back."""
+    lost = weight - new
+    directions = torch.linalg.svd(rows @ lost.T, full_matrices=False).Vh[:rank]
+    return new + directions.T @ directions @ lost
+
+
+def with_solutions(
+    model: Stack, sizes: Mapping[str, int], rows: Mapping[str, torch.Tensor], method: str, rank: int = 0
+) -> Stack:
+    """The model with some layers replaced by their solutions, with maps of a rank beside them."""
     changed = copy.deepcopy(model)
     with torch.no_grad():
         for name, size in sizes.items():
             new = solution(weight_of(model, name), rows[name], size, method)
+            new = corrected(weight_of(model, name), new, rows[name], rank) if rank else new
             changed.get_parameter(f"{name}.weight").copy_(new)
     return changed
 
@@ -200,7 +210,7 @@ def packed(model: Stack, name: str, bits: int) -> int:
 
 
 def best_solution(
-    model: Stack, costs: Mapping[int | None, int], budget: int, method: str, batches: Batches
+    model: Stack, costs: Mapping[int | None, int], budget: int, method: str, batches: Batches, rank: int = 0
 ) -> tuple[float, dict[str, int]]:
     """The best of all choices of a level for each layer (None as it is) that cost no more than the budget together."""
     rows = inputs_of_layers(model, batches)
@@ -210,7 +220,7 @@ def best_solution(
         for state in itertools.product(costs, repeat=len(rows)):
             if sum(costs[level] for level in state) <= budget:
                 sizes = {name: level for name, level in zip(rows, state, strict=True) if level is not None}
-                changed = with_solutions(model, sizes, rows, method)
+                changed = with_solutions(model, sizes, rows, method, rank)
                 errors = [divergence(changed(b["x"]).double(), y) for b, y in zip(batches, wanted, strict=True)]
                 found.append((sum(errors) / len(errors), sizes))
     return min(found, key=lambda pair: pair[0])
@@ -248,6 +258,50 @@ def test_bits_are_the_best_of_all_states_under_the_budget(seed: int, method: str
     assert after.weight_nbytes <= target
     assert stats.plan["search"]["chosen"]["score"] == pytest.approx(error, rel=1e-4)
     assert stats.plan["search"]["history"][0]["best"] > 1.01 * error  # what it starts from is not the best
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_sparsities_with_maps_are_the_best_of_all_states(seed: int) -> None:
+    """Three layers of 36 numbers, or 14 or 4 nonzeros with maps of 12: they, too, are in the budget."""
+    model = maps(seed)
+    program = program_of(model)
+    error, wanted = best_solution(model, {None: 36, 14: 26, 4: 16}, 78, "sparsegpt", data(), rank=1)
+    target = program.parameter_count - 3 * 36 + 78
+    after, stats = run(program, EvoPress(mode="sparsity", levels=2, rank=1, target=target, **SEARCH), data())
+    assert chosen(stats, model) == wanted
+    assert stats.plan["search"]["chosen"]["score"] == pytest.approx(error, rel=1e-4)
+    assert sum(int((after.weights[name].tensor() != 0).sum()) for name in after.used_weights()) <= target
+    got = [divergence(after.run(b)["output"], program.run(b)["output"]) for b in data()]
+    assert sum(got) / len(got) == pytest.approx(error, rel=1e-9)
+
+
+@pytest.mark.parametrize("method", BITS_METHODS)
+def test_bits_with_maps_are_the_best_of_all_states(method: str) -> None:
+    """Three layers as they are, or in 4 or 2 bits with maps of 12 numbers: what the program holds is the budget."""
+    model = maps(2)
+    program, batches = in_float32(model)
+    costs: dict[int | None, int] = {None: 4 * WIDTH**2}
+    costs |= {n: packed(model, "blocks.0.up", n) + 4 * 2 * WIDTH for n in (4, 2)}
+    error, wanted = best_solution(model, costs, sum(costs.values()), method, batches, rank=1)
+    target = program.weight_nbytes - 3 * costs[None] + sum(costs.values())
+    settings = EvoPress(mode="bits", bits=(4, 2), method=method, rank=1, target=target, **SEARCH)
+    after, stats = run(program, settings, batches)
+    assert chosen(stats, model) == wanted
+    assert after.weight_nbytes <= target
+    assert after.weight_nbytes == stats.plan["budget"]["after"]
+    assert stats.plan["search"]["chosen"]["score"] == pytest.approx(error, rel=1e-4)
+
+
+def test_layers_too_small_for_maps_stay_whole_and_are_reported() -> None:
+    """Maps of rank 3 take 36 numbers beside the 24 of keys and values, and 42 beside 48."""
+    program = program_of(stack(Attention(4, 2), Mlp(8), seed=4))
+    settings = EvoPress(mode="sparsity", ratio=0.02, levels=2, rank=3, generations=1, offspring=2)
+    after, stats = run(program, settings, data())
+    assert stats.misses["a layer too small for maps of rank 3 beside it"] == 2
+    for name in "kv":
+        assert torch.equal(*(p.weights[f"blocks.0.{name}.weight"].tensor() for p in (after, program)))
+    every = EvoPress(mode="sparsity", ratio=0.1, levels=2, rank=6)
+    refused(program, every, data(), r"can be removed: blocked by .*too small for maps of rank 6 beside it \(6x\)")
 
 
 def test_sparse_weights_are_the_layers_own_solutions() -> None:

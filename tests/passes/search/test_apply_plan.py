@@ -39,6 +39,8 @@ PRESETS: dict[str, Pass] = {
     "evopress depth": EvoPress(ratio=0.4, **QUICK),
     "evopress sparsity": EvoPress(mode="sparsity", ratio=0.4, levels=4, **QUICK),
     "evopress bits": EvoPress(mode="bits", ratio=0.5, **QUICK),
+    "evopress sparsity with maps": EvoPress(mode="sparsity", ratio=0.3, levels=4, rank=1, **QUICK),
+    "evopress bits with maps": EvoPress(mode="bits", ratio=0.3, rank=1, **QUICK),
     "shrp": Shrp(heads=1),
     "rocket": Rocket(ratio=0.3),
     "compress none": Compress(ratio=0.4, compensation="none"),
@@ -75,6 +77,17 @@ def test_applying_gives_what_choosing_gave(preset: str, tmp_path: Path) -> None:
         assert torch.equal(applied.weights[name].tensor(), chosen.weights[name].tensor())
     assert applied.fingerprint() == chosen.fingerprint()
     assert found.hits == sum(bool(site["removed"] or site["level"]) for site in stats.plan["sites"])
+
+
+@pytest.mark.parametrize("preset", ["evopress sparsity with maps", "evopress bits with maps"])
+def test_a_plan_with_maps_says_so_level_by_level(preset: str, tmp_path: Path) -> None:
+    """Its rank is that of maps in the place of what is dropped, of which there are none."""
+    _, stats = run(fresh(), PRESETS[preset], data())
+    assert stats.plan["rank"] == 0
+    assert all("correction=1" in site["level"] for site in stats.plan["sites"] if site["level"])
+    _, found = run(fresh(), ApplyPlan(path=saved(tmp_path, stats.plan)), data())
+    assert not any("nothing to do" in note for note in [*stats.notes, *found.notes])
+    assert any("two maps of rank 1 beside them" in note for note in found.notes)
 
 
 @pytest.mark.parametrize("preset", ["shortgpt", "evopress depth", "shrp", "compress none"])

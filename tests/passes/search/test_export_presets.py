@@ -33,6 +33,8 @@ MADE: dict[str, Pass] = {
     "evopress tied rank": EvoPress(ratio=0.4, tied=True, rank=2, **QUICK),
     "evopress bits of groups": EvoPress(mode="bits", ratio=0.5, bits=(3, 2), group=4, **QUICK),
     "evopress rounded bits": EvoPress(mode="bits", ratio=0.5, method="round-to-nearest", **QUICK),
+    "evopress wanda with maps": EvoPress(mode="sparsity", ratio=0.15, method="wanda", rank=2, **QUICK),
+    "evopress bits of groups with maps": EvoPress(mode="bits", ratio=0.2, bits=(3, 2), group=4, rank=1, **QUICK),
     "rocket with zeros": Rocket(ratio=0.2, kappa=2.0, most=0.5),
     "distill": Distill(steps=2, learning_rate=0.01, hold_out=0.0),
 }

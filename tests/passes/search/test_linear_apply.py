@@ -154,7 +154,16 @@ INNERS: dict[str, tuple[Callable[..., Tensor], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("form", list(INNERS))
-@pytest.mark.parametrize("text", ["rank=12", "bits=8 group=1", "nonzeros=144"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "rank=12",
+        "bits=8 group=1",
+        "nonzeros=144",
+        "nonzeros=30 correction=12",
+        "bits=2 method=round-to-nearest correction=12",
+    ],
+)
 def test_levels_that_lose_nothing_change_nothing(form: str, text: str) -> None:
     """In every form of a product, one weight read in two blocks: a full rank, a grid for each weight, all nonzeros."""
     inner, layers = INNERS[form]
@@ -166,6 +175,8 @@ def test_levels_that_lose_nothing_change_nothing(form: str, text: str) -> None:
     if text.startswith("rank"):
         # Two factors of 144 numbers, shared by both blocks.
         assert after.parameter_count == program.parameter_count + WIDTH * WIDTH
+    if text.startswith("nonzeros=30"):
+        assert after.parameter_count == program.parameter_count + 2 * WIDTH * WIDTH
 
 
 @pytest.mark.parametrize(("name", "from_file"), [("llama", False), ("gpt2", True)])
@@ -232,6 +243,7 @@ def test_nothing_to_do_changes_nothing() -> None:
         (9, "bits=4", "there is no linear layer 9"),
         (1, "bits=11", "bits is 11"),
         (1, "rank=13", "rank is 13"),
+        (1, "nonzeros=9 correction=13", "correction is 13"),
         (1, "bits=4 shape=12x12", "has 20 outputs and 12 inputs"),
         (1, "magic=1", "none of the known forms"),
     ],
@@ -248,3 +260,5 @@ def test_plans_for_other_models_are_refused(index: int, text: str, message: str)
 def test_data_is_asked_for_where_it_is_needed() -> None:
     with pytest.raises(PreconditionError, match="needs calibration data"):
         applied(mlps(), "rank=3", ctx=Context())
+    with pytest.raises(PreconditionError, match="correction=1' needs calibration data"):
+        applied(mlps(), "nonzeros=30 method=magnitude correction=1", ctx=Context())

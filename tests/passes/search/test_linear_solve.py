@@ -22,7 +22,7 @@ from graphlathe.passes.search.linear_solve import (
     parts_of,
     solve,
 )
-from graphlathe.passes.search.linear_texts import Bits, LinearLevel, LowRank, Sparse
+from graphlathe.passes.search.linear_texts import Bits, LinearLevel, LowRank, Sparse, correction_of
 from graphlathe.passes.search.local.factorize import Factors
 from graphlathe.passes.search.local.round_to_nearest import Quantized
 from tests.passes.search.linear_models import HIDDEN, WIDTH, batches, data, mlps, program_of
@@ -35,6 +35,8 @@ LEVELS: list[LinearLevel] = [
     Bits(4, None, "round-to-nearest"),
     LowRank(4),
     LowRank(6, 2),
+    Sparse(100, correction=3),
+    Bits(3, 5, correction=2),
 ]
 
 
@@ -117,20 +119,24 @@ def test_costs_are_those_of_what_is_stored() -> None:
     program = mlps()
     site = sites_of(program)[0]
     for solved in solve(program, [site], {site.index: [*LEVELS, Bits(4, 4), Bits(8, 6)]}, data()):
-        level, stored = solved.level, solved.stored
-        nbytes = counted_bytes(level, site, torch.float32)
+        level, stored, beside = solved.level, solved.stored, 0
+        if solved.correction is not None:
+            beside = solved.correction.left.numel() + solved.correction.right.numel()
+            assert beside == correction_of(level) * (WIDTH + HIDDEN)
+        nbytes = counted_bytes(level, site, torch.float32) - 4 * beside
         if isinstance(stored, Factors):
             used = stored.right.numel() + int((stored.left != 0).sum())
             assert counted_params(level, site) == used
             assert nbytes == stored.nbytes
             assert executed_macs(level, site) == stored.macs
         elif isinstance(stored, Quantized):
-            assert counted_params(level, site) == executed_macs(level, site) == WIDTH * HIDDEN
+            assert counted_params(level, site) == executed_macs(level, site) == WIDTH * HIDDEN + beside
             # Zero points take a byte each here; rows of codes are filled up to bytes in each part.
             assert stored.zero is not None
             assert stored.nbytes <= nbytes <= stored.nbytes + stored.zero.numel() + HIDDEN
         else:
-            assert counted_params(level, site) == int((stored != 0).sum()) == 100
+            assert counted_params(level, site) - beside == int((stored != 0).sum()) == 100
+            assert executed_macs(level, site) == WIDTH * HIDDEN + beside
             assert 100 * 4 < nbytes < WIDTH * HIDDEN * 4
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from graphlathe.ir.errors import PreconditionError
-from graphlathe.passes.search.compensation.low_rank import low_rank_map, low_rank_residual
+from graphlathe.passes.search.compensation.low_rank import low_rank_map, low_rank_residual, metric_root
 
 
 def sample(seed: int, samples: int = 80, inputs: int = 7, outputs: int = 5) -> tuple[Tensor, Tensor]:
@@ -30,7 +30,7 @@ def error(x: Tensor, lost: Tensor, factors: tuple[Tensor, Tensor]) -> float:
 def test_residual_is_the_whitened_svd(seed: int, rank: int) -> None:
     x, weight = sample(seed)
     approximation = weight.round()
-    left, right = low_rank_residual(weight, approximation, x.T @ x, rank)
+    left, right = low_rank_residual(weight, approximation, metric_root(x.T @ x), rank)
     assert left.shape == (5, rank)
     assert right.shape == (rank, 7)
     lost = (weight - approximation).numpy()
@@ -44,7 +44,7 @@ def test_residual_is_the_whitened_svd(seed: int, rank: int) -> None:
 
 def test_residual_heeds_the_data() -> None:
     x, weight = sample(1)
-    best = low_rank_residual(weight, torch.zeros_like(weight), x.T @ x, 2)
+    best = low_rank_residual(weight, torch.zeros_like(weight), metric_root(x.T @ x), 2)
     plain = low_rank_residual(weight, torch.zeros_like(weight), torch.eye(7, dtype=torch.float64), 2)
     assert error(x, weight, best) < 0.99 * error(x, weight, plain)
 
@@ -52,14 +52,14 @@ def test_residual_heeds_the_data() -> None:
 def test_residual_of_full_rank_is_exact_and_dead_channels_do_no_harm() -> None:
     x, weight = sample(2)
     x[:, 3] = 0
-    factors = low_rank_residual(weight, weight.round(), x.T @ x, 5)
+    factors = low_rank_residual(weight, weight.round(), metric_root(x.T @ x), 5)
     assert error(x, weight - weight.round(), factors) <= 1e-20 * float(x.square().sum())
     assert torch.allclose(factors[0].T @ factors[0], torch.eye(5, dtype=torch.float64), atol=1e-12)
 
 
 def test_residual_has_the_type_of_the_weight() -> None:
     x, weight = sample(2)
-    factors = low_rank_residual(weight.float(), weight.round().float(), x.T @ x, 2)
+    factors = low_rank_residual(weight.float(), weight.round().float(), metric_root(x.T @ x), 2)
     assert {f.dtype for f in factors} == {torch.float32}
 
 
@@ -98,16 +98,18 @@ def test_map_with_damping_is_ridge_regression_of_reduced_rank() -> None:
 
 def test_wrong_arguments_are_errors() -> None:
     x, weight = sample(0)
-    gram = x.T @ x
+    gram, root = x.T @ x, metric_root(x.T @ x)
     for rank in (0, 6):
         with pytest.raises(PreconditionError, match=f"the rank is {rank}\n  expected: 1 to 5"):
-            low_rank_residual(weight, weight, gram, rank)
+            low_rank_residual(weight, weight, root, rank)
     with pytest.raises(PreconditionError, match="'approximation' has shape"):
-        low_rank_residual(weight, weight.T, gram, 1)
+        low_rank_residual(weight, weight.T, root, 1)
     with pytest.raises(PreconditionError, match="'gram' has shape"):
-        low_rank_residual(weight, weight, gram[:5, :5], 1)
+        metric_root(gram[:5])
+    with pytest.raises(PreconditionError, match="'root' has shape"):
+        low_rank_residual(weight, weight, root[:5, :5], 1)
     with pytest.raises(PreconditionError, match="NaN or infinity"):
-        low_rank_residual(weight * float("inf"), weight, gram, 1)
+        low_rank_residual(weight * float("inf"), weight, root, 1)
     with pytest.raises(PreconditionError, match="'gram_xx' has shape"):
         low_rank_map(gram, (x.T @ x @ weight.T).T, 1)
     with pytest.raises(PreconditionError, match=r"matrix \[in, out\]"):
