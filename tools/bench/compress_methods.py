@@ -94,9 +94,9 @@ class Method:
         return named and (level.peers or self.by == "ours") and (level.main or not self.main)
 
 
-def ours(label: str, pipeline: str, *, steps: Mapping[str, Any] | None = None, **more: Any) -> Method:
-    """One of our methods: a label, a pipeline with ``$`` numbers, and other arguments of `run_pipeline`."""
-    arguments = {"pipeline": pipeline, **(steps or {})}
+def ours(label: str, pipeline: str, *, given: Mapping[str, Any] | None = None, **more: Any) -> Method:
+    """One of our methods: a label, a pipeline with ``$`` numbers, and what else `run_pipeline` is given."""
+    arguments = {"pipeline": pipeline, **(given or {})}
     return Method(label, "ours", f"{PACKAGE}.compress_methods:run_pipeline", arguments, **more)
 
 
@@ -217,7 +217,7 @@ OURS: dict[str, tuple[Method, ...]] = {
         ours(
             "SHRP, distilled",
             "canonicalize,shrp{stage=expand heads=1 width=384}",
-            steps={"trains": True},
+            given={"trains": True},
             models=_ENCODER,
             levels=(BY_SPEED,),
             trained=True,
@@ -226,7 +226,7 @@ OURS: dict[str, tuple[Method, ...]] = {
             "SHRP that reads the stream, distilled",
             "canonicalize,shrp{stage=expand reads=stream heads=8 width=592 steps=600 learning_rate=0.0003"
             " batches_per_step=8}",
-            steps={"trains": True},
+            given={"trains": True},
             models=_ENCODER,
             levels=(BY_BLOCKS,),
             trained=True,
@@ -234,7 +234,7 @@ OURS: dict[str, tuple[Method, ...]] = {
         ours(
             "ShortGPT, window, distilled",
             "canonicalize,shortgpt{blocks=$count window}",
-            steps={"then": "distill{steps=600 learning_rate=0.0003 batches_per_step=8}"},
+            given={"then": "distill{steps=600 learning_rate=0.0003 batches_per_step=8}"},
             models=_ENCODER,
             levels=(BY_BLOCKS,),
             trained=True,

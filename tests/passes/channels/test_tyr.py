@@ -22,6 +22,7 @@ from tests.passes.channels.tiny import (
     Mlp,
     Stack,
     data,
+    divergence,
     hidden_rows,
     program_of,
     refused,
@@ -143,11 +144,6 @@ def test_levels_are_those_of_brute_force(seed: int, expectation: str) -> None:
             torch.testing.assert_close(level.replaced[name].tensor(), weight, rtol=0, atol=1e-8)
             # Nothing comes before the first block; later ones tell the two forms apart.
             assert not number or float((weight - other[number][level.count][1]).abs().max()) > 1e-3
-
-
-def divergence(got: torch.Tensor, want: torch.Tensor) -> float:
-    p, q = torch.log_softmax(want, -1), torch.log_softmax(got, -1)
-    return float((p.exp() * (p - q)).sum(-1).mean())
 
 
 def score(model: Stack, table: Sequence[Levels], state: Sequence[int], batches: Sequence[Batch]) -> float:

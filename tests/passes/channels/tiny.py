@@ -109,6 +109,12 @@ def hidden_rows(model: Stack, batches: Sequence[Batch]) -> list[list[torch.Tenso
     return found
 
 
+def divergence(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Mean KL(want || got) of distributions over the last dimension, in float64."""
+    p, q = torch.log_softmax(want.double(), -1), torch.log_softmax(got.double(), -1)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
 def run(
     program: Program, settings: Pass, batches: Sequence[Batch] | None, original: Program | None = None
 ) -> tuple[Program, Stats]:

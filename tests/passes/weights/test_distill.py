@@ -19,14 +19,8 @@ from graphlathe.passes.manager import PassManager
 from graphlathe.passes.optimize import optimize
 from graphlathe.passes.weights.distill import Distill
 from graphlathe.tools import zoo
-from tests.passes.channels.tiny import Mlp, data, refused, run, stack
+from tests.passes.channels.tiny import Mlp, data, divergence, refused, run, stack
 from tests.zoo_programs import traced
-
-
-def divergence(got: torch.Tensor, want: torch.Tensor) -> float:
-    """Mean KL(want || got) over positions, in float64."""
-    p, q = torch.log_softmax(want.double(), -1), torch.log_softmax(got.double(), -1)
-    return float((p.exp() * (p - q)).sum(-1).mean())
 
 
 def drift(changed: Program, original: Program, batches: list[dict[str, torch.Tensor]], output: str) -> float:
