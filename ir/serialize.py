@@ -33,16 +33,14 @@ from .weights import (
     FileSource,
     MetaSource,
     Permute,
-    RandomSource,
     Reshape,
     Scale,
     Select,
     Slice,
-    Source,
     Step,
-    TensorSource,
     Weight,
     file_version,
+    source_key,
 )
 
 GRAPH, MANIFEST, WEIGHTS = "graph.txt", "program.json", "weights.safetensors"
@@ -221,19 +219,6 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _source_key(source: Source) -> Any:
-    """What two sources of the same numbers, in the same order, have in common."""
-    if isinstance(source, TensorSource):
-        tensor = source.tensor
-        pointer = tensor.untyped_storage().data_ptr()
-        return ("tensor", pointer, tensor.storage_offset(), tensor.dtype, tuple(tensor.shape), tensor.stride())
-    if isinstance(source, FileSource):
-        return ("file", str(source.path), source.offset, source.dtype, source.shape)
-    if isinstance(source, RandomSource):
-        return ("random", source.name, source.dtype, source.shape)
-    return ("other", id(source))
-
-
 def _plan(program: Program) -> tuple[dict[str, Weight], dict[str, Any]]:
     """Which tensors to store under which names, and the manifest that makes weights of them.
 
@@ -242,7 +227,7 @@ def _plan(program: Program) -> tuple[dict[str, Weight], dict[str, Any]]:
     groups: dict[Any, dict[str, Weight]] = {}
     for name in sorted(program.used_weights()):
         weight = program.weights[name]
-        groups.setdefault(_source_key(weight.source), {})[name] = weight
+        groups.setdefault(source_key(weight.source), {})[name] = weight
     stored: dict[str, Weight] = {}
     entries: dict[str, Any] = {}
     for group in groups.values():

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -246,6 +246,22 @@ def _apply(step: Step, value: torch.Tensor) -> torch.Tensor:
             return value.to(dtype)
         case Scale(factor):
             return value * factor
+
+
+def source_key(source: Source) -> Any:
+    """What two sources of the same numbers, in the same order, have in common.
+
+    Nothing is loaded: a file that is mapped again may lie where another one did.
+    """
+    if isinstance(source, TensorSource):
+        tensor = source.tensor
+        pointer = tensor.untyped_storage().data_ptr()
+        return ("tensor", pointer, tensor.storage_offset(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+    if isinstance(source, FileSource):
+        return ("file", str(source.path), source.offset, source.dtype, source.shape)
+    if isinstance(source, RandomSource):
+        return ("random", source.name, source.dtype, source.shape)
+    return ("other", id(source))
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from ....ir.errors import GraphlatheError, PreconditionError
 from ....ir.execute import as_traced, last_uses, subgraph_module
 from ....ir.flow import reads_shape_only
 from ....ir.program import ORIGIN, Program
-from ....ir.weights import TensorSource, Weight
+from ....ir.weights import TensorSource, Weight, source_key
 
 _NAME = "distillation"
 
@@ -40,13 +40,13 @@ class Trainer:
         self.stopped: list[fx.Node] = []
         self._of: dict[str, tuple[int, Weight]] = {}
         self._constants: dict[str, Any] = {}
-        known: dict[tuple[Any, ...], int] = {}
+        known: dict[Any, int] = {}
         for name in sorted(names):
             weight = program.weights[name]
-            source = weight.source.load()
-            key = (source.data_ptr(), tuple(source.shape), source.stride(), source.dtype)
+            key = source_key(weight.source)
             if key not in known:
                 known[key] = len(self.leaves)
+                source = weight.source.load()
                 wide = torch.float64 if source.dtype == torch.float64 else torch.float32
                 copied = source.detach().to(wide, copy=True).contiguous()
                 self.leaves.append(copied.requires_grad_(True))

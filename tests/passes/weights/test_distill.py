@@ -13,6 +13,7 @@ from torch import nn
 
 from graphlathe.ir.errors import InputError, PreconditionError
 from graphlathe.ir.from_torch import trace
+from graphlathe.ir.load import load
 from graphlathe.ir.program import Program
 from graphlathe.passes.base import Context
 from graphlathe.passes.manager import PassManager
@@ -70,6 +71,28 @@ def test_a_teacher_can_be_given(tmp_path: Path) -> None:
     assert any(not torch.equal(w.tensor(), alone.weights[n].tensor()) for n, w in whole.weights.items())
     with pytest.raises(InputError, match="the teacher's inputs are"):
         optimize(short, passes=distill, teacher=traced("vit"), **settings)
+
+
+def test_weights_of_files_are_told_apart(tmp_path: Path) -> None:
+    """Files are mapped when they are read, and one of whole pages may be mapped where the one before it was."""
+
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(6)))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layers(x)
+
+    torch.manual_seed(0)
+    teacher, student = (trace(Deep(), {"x": torch.zeros(2, 64)}) for _ in range(2))
+    batches = [{"x": torch.randn(2, 64)} for _ in range(4)]
+    stored = load(student.save(tmp_path / "student"))
+    settings: dict[str, Any] = {"passes": "distill{steps=2}", "calibration": batches, "progress": False}
+    here, there = (optimize(given, teacher=teacher, **settings) for given in (student, stored))
+    assert len(here.weights) == 6
+    for name, weight in here.weights.items():
+        assert torch.equal(there.weights[name].tensor(), weight.tensor()), name
 
 
 def disturbed(seed: int = 0) -> tuple[Program, Program]:
