@@ -79,6 +79,20 @@ def lines(journal: Path) -> int:
     return sum(file.read_bytes().count(b"\n") - 1 for file in journal.glob("*.jsonl"))
 
 
+def test_a_teacher_is_a_path(command: Command, files: Path, tmp_path: Path) -> None:
+    """What was made smaller before learns from the original as it does in one pipeline; without it, from itself."""
+    short, distill = "shortgpt{blocks=1}", "distill{steps=2 hold_out=0}"
+    assert command(f"{short},{distill}", "-o whole")[0] == command(short, "-o short")[0] == 0
+    given = str(tmp_path / "short")
+    code, _, err = command(distill, f"--teacher {files / 'saved'} -o later", given)
+    assert code == 0, err
+    assert command(distill, "-o alone", given)[0] == 0
+    assert torch.equal(outputs(tmp_path / "later"), outputs(tmp_path / "whole"))
+    assert not torch.equal(outputs(tmp_path / "alone"), outputs(tmp_path / "whole"))
+    code, _, err = command(distill, "--teacher nowhere -o never", given)
+    assert code != 0 and "nowhere" in err and not (tmp_path / "never").exists()
+
+
 class TestPlans:
     def test_a_plan_that_is_applied_again_gives_the_same_program(self, command: Command, tmp_path: Path) -> None:
         code, out, err = command(f"raise,{FLAP}", "--plan plan.json -o small", "model.onnx")
