@@ -20,6 +20,7 @@ from .copy_capture import copy_operators, enables_autocast
 from .dims import Dim, Dims, Guard
 from .errors import ImportModelError
 from .functionalize import functionalize
+from .on_cpu import away
 from .program import ORIGIN, Entry, Program, StatePair
 from .rewrite import fake_weight
 from .weights import Weight
@@ -36,8 +37,15 @@ def from_exported(
             their input and axis.
 
     Raises:
-        ImportModelError: it holds something that a program cannot.
+        ImportModelError: it holds something that a program cannot, or weights on an accelerator.
     """
+    tensors = (*exported.state_dict.values(), *exported.constants.values())
+    if elsewhere := away(value for value in tensors if isinstance(value, torch.Tensor)):
+        raise ImportModelError(
+            f"the model was exported on {', '.join(elsewhere)}",
+            expected="a model on the CPU; a program is compiled for a device later",
+            remedy="export it on the CPU, or move it with torch.export.passes.move_to_device_pass(exported, 'cpu')",
+        )
     program = None if enables_autocast(exported.graph_module) else _Importer(exported, names or {}).program()
     if program is None:
         # PyTorch's own functionalization: a second trace, at twice the cost of the first.

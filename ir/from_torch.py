@@ -27,6 +27,7 @@ from .calling import leaf_names
 from .dims import RESERVED
 from .errors import GraphlatheError, ImportModelError, suggest
 from .from_exported import from_exported
+from .on_cpu import module_on_cpu, values_on_cpu
 from .program import Program
 from .size_one import recorded_branches, restrict_sizes
 
@@ -42,7 +43,8 @@ def trace(
     """Trace a PyTorch model to a `Program`.
 
     Args:
-        model: a module (traced in eval mode; its mode is restored), an ``ExportedProgram``, or a ``.pt2`` file.
+        model: a module (traced in eval mode; its mode is restored), an ``ExportedProgram``, or a ``.pt2`` file. Of a
+            module on an accelerator a copy on the CPU is traced: programs are held there, and compiled for a device.
         example_inputs: a tuple (positional), a dict (keyword) or one tensor. Only shapes and dtypes matter;
             nested structures of tensors are allowed; other values are fixed.
         dynamic: names of dynamic dimensions by input and axis, ``{"input_ids": {0: "B", 1: "S"}}`` (inputs that share
@@ -83,6 +85,7 @@ def trace(
     by_keyword = isinstance(example_inputs, Mapping)
     args: tuple[Any, ...] = () if by_keyword else tuple(example_inputs)
     kwargs: dict[str, Any] = dict(example_inputs) if by_keyword else {}
+    model, args, kwargs = module_on_cpu(model), values_on_cpu(args), values_on_cpu(kwargs)
     arguments = argument_names(model, args, kwargs)
     with recorded_branches() as asked:
         exported, names = _export(model, args, kwargs, arguments, dynamic)

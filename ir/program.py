@@ -25,6 +25,7 @@ from .calling import check_complete, match_call
 from .dims import Dims, Size
 from .errors import InputError, suggest
 from .execute import Observer, as_traced, copy_graph, own_memory, run_graph
+from .on_cpu import values_on_cpu
 from .weights import Weight
 
 if TYPE_CHECKING:
@@ -222,12 +223,12 @@ class Program:
         """Match a call's arguments with the main entry's inputs, without checking shapes.
 
         Accepts the traced callable's own arguments (nested structures included) or flat input names; a state that has a
-        first value may be left out.
+        first value may be left out. Tensors on an accelerator are copied to the CPU, where programs run.
 
         Raises:
             InputError: an argument is missing, unknown, given twice, or a fixed one is changed.
         """
-        given = match_call(self.main, args, kwargs)
+        given = values_on_cpu(match_call(self.main, args, kwargs))
         for pair in self.main.state:
             if pair.input not in given and pair.initial is not None:
                 given[pair.input] = self.weights[pair.initial].tensor()
