@@ -38,7 +38,7 @@ from graphlathe.tools.bench.compress_peers import PEERS, install, load_peer
 from graphlathe.tools.bench.compress_photos import CALIBRATED, TESTED
 from graphlathe.tools.bench.compress_reach import LARGEST, smallest_ratio
 from graphlathe.tools.bench.compress_subject import SUBJECTS, Case, spread
-from graphlathe.tools.bench.compress_timing import PATIENCE, time_paired
+from graphlathe.tools.bench.compress_timing import LONGEST_PAUSE, PATIENCE, time_paired
 from graphlathe.tools.bench.compress_work import WorkCounter, count_macs
 from tests.compress_toy import LEVEL, TOY, Net, Toy
 
@@ -179,6 +179,7 @@ class TestTiming:
         now = [0.0, 0.0]
         left = iter(walls)
         order: list[str] = []
+        self.pauses: list[float] = []
 
         def call(name: str) -> None:
             order.append(name)
@@ -186,7 +187,8 @@ class TestTiming:
             now[1] += 1.0
 
         calls = {name: lambda name=name: call(name) for name in "ab"}
-        return time_paired(calls, rounds, warmup=0, clock=lambda: (now[0], now[1])), "".join(order)
+        paired = time_paired(calls, rounds, warmup=0, clock=lambda: (now[0], now[1]), sleep=self.pauses.append)
+        return paired, "".join(order)
 
     def test_disturbed_rounds_do_not_count(self) -> None:
         paired, order = self.paired([1.0, 1.0, 1.0, 5.0, 1.25, 1.25])
@@ -198,6 +200,13 @@ class TestTiming:
         paired, order = self.paired([1.4] * 100)
         assert len(order) == 2 * 2 * PATIENCE and paired.rejected == 2 * PATIENCE
         assert math.isnan(paired.seconds["a"])
+
+    def test_what_goes_on_is_waited_for(self) -> None:
+        self.paired([1.4, 1.0, 1.4, 1.0, 1.0, 1.0, 1.4, 1.0, 1.0, 1.0])
+        assert len(self.pauses) == 3
+        assert self.pauses[0] == self.pauses[2] < self.pauses[1], "longer after two in a row, and short again"
+        self.paired([1.4] * 400, rounds=20)
+        assert max(self.pauses) == LONGEST_PAUSE
 
 
 class TestWork:

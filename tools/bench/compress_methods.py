@@ -115,6 +115,8 @@ _DISTILL = {
     _PHOTOS: "distill{steps=300 learning_rate=0.0001}",
 }
 """Short training by subject: windows and images are one batch each, an encoder's are single paragraphs."""
+_HALVED = "steps=600 learning_rate=0.001 batches_per_step=8"
+"""The training of an encoder that loses half of its blocks' parameters."""
 _SEARCH = "generations=40 offspring=8 survivors=2 small=2 large=12 finalists=4 patience=20"
 _EVOPRESS = f"canonicalize,evopress{{target=$params rank=$rank {_SEARCH}}}"
 
@@ -216,7 +218,7 @@ OURS: dict[str, tuple[Method, ...]] = {
         ),
         ours(
             "SHRP, distilled",
-            "canonicalize,shrp{stage=expand heads=1 width=384}",
+            f"canonicalize,shrp{{stage=expand heads=1 width=384 {_HALVED}}}",
             given={"trains": True},
             models=_ENCODER,
             levels=(BY_SPEED,),
@@ -224,8 +226,15 @@ OURS: dict[str, tuple[Method, ...]] = {
         ),
         ours(
             "SHRP that reads the stream, distilled",
-            "canonicalize,shrp{stage=expand reads=stream heads=8 width=592 steps=600 learning_rate=0.0003"
-            " batches_per_step=8}",
+            f"canonicalize,shrp{{stage=expand reads=stream heads=8 width=680 {_HALVED}}}",
+            given={"trains": True},
+            models=_ENCODER,
+            levels=(BY_BLOCKS,),
+            trained=True,
+        ),
+        ours(
+            "SHRP that reads the stream, as many MACs as whole blocks, distilled",
+            f"canonicalize,shrp{{stage=expand reads=stream heads=8 width=592 {_HALVED}}}",
             given={"trains": True},
             models=_ENCODER,
             levels=(BY_BLOCKS,),
@@ -234,7 +243,7 @@ OURS: dict[str, tuple[Method, ...]] = {
         ours(
             "ShortGPT, window, distilled",
             "canonicalize,shortgpt{blocks=$count window}",
-            given={"then": "distill{steps=600 learning_rate=0.0003 batches_per_step=8}"},
+            given={"then": f"distill{{{_HALVED}}}"},
             models=_ENCODER,
             levels=(BY_BLOCKS,),
             trained=True,

@@ -19,6 +19,8 @@ DISTURBED = 1.3
 """Wall over processor time from which a run does not count."""
 PATIENCE = 5
 """Rounds that are tried, in multiples of those that are wanted."""
+LONGEST_PAUSE = 20.0
+"""Seconds to wait, at most, after rounds that were disturbed one after the other."""
 
 
 @dataclass(frozen=True)
@@ -46,21 +48,25 @@ def time_paired(
     *,
     warmup: int = 2,
     clock: Callable[[], tuple[float, float]] = _clock,
+    sleep: Callable[[float], None] = time.sleep,
 ) -> Paired:
     """Time calls in turn (A B, B A, A B...) until enough rounds are undisturbed.
+
+    What disturbs mostly goes on for a while: after each rejected round in a row the pause before the next is longer.
 
     Args:
         calls: what to time, by name.
         rounds: accepted rounds that are wanted.
         warmup: rounds that are not timed.
         clock: wall and processor time, in seconds.
+        sleep: waits so many seconds.
     """
     names = list(calls)
     for _ in range(warmup):
         for name in names:
             calls[name]()
     taken: dict[str, list[float]] = {name: [] for name in names}
-    rejected = 0
+    rejected = in_a_row = 0
     for turn in range(PATIENCE * rounds):
         one: dict[str, float] = {}
         fair = True
@@ -72,7 +78,10 @@ def time_paired(
             fair = fair and (after_wall - wall) <= DISTURBED * one[name]
         if not fair:
             rejected += 1
+            in_a_row += 1
+            sleep(min(0.1 * 2.0 ** min(in_a_row, 10), LONGEST_PAUSE))
             continue
+        in_a_row = 0
         for name, seconds in one.items():
             taken[name].append(seconds)
         if len(taken[names[0]]) == rounds:
