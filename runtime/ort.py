@@ -219,7 +219,10 @@ def _tensor(value: Any, dtype: torch.dtype | None) -> torch.Tensor:
 
 
 def _shared(ort: ModuleType, tensor: torch.Tensor) -> Any:
-    """A tensor as ONNX Runtime's own value over the same memory."""
+    """A tensor as ONNX Runtime's own value over the same memory; of booleans, which are small, a copy."""
+    if tensor.dtype is torch.bool:
+        # Not every pair of versions agrees on what a boolean is called in DLPack.
+        return ort.OrtValue.ortvalue_from_numpy(tensor.numpy())
     value = ort.OrtValue.from_dlpack(tensor)
     return value if isinstance(value, ort.OrtValue) else ort.OrtValue(value)
 

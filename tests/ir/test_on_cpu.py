@@ -104,7 +104,7 @@ def test_a_model_on_a_gpu(name: str) -> None:
     program = trace(module.cuda(), there, dynamic=model.dynamic or None)
     assert all(p.is_cuda for p in module.parameters())
     assert program.fingerprint() == want.fingerprint()
-    result = optimize(program, passes="canonicalize", calibration=[there], feeds=there)
+    result = optimize(program, passes="canonicalize", calibration=[there])
     session = compile(result, "torch", device="cuda")
     got, expected = session.run(result.feeds(**there)), want.run(want.feeds(**model.example()))
     for key, value in expected.items():
