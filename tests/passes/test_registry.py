@@ -67,7 +67,8 @@ def test_every_pass_on_every_model(name: str) -> None:
         exact = registry.get(pass_name).effect is Effect.EXACT
         # Of exact ones the result is verified at level 3 below; what presets do to a graph is what `compress` does.
         level = 1 if exact or pass_name in PRESETS else 2
-        manager = PassManager(pass_of(pass_name), feeds=example, calibration=calibration, verify=level)
+        settings: dict[str, Any] = {"calibration": calibration, "verify": level, "costs": False}
+        manager = PassManager(pass_of(pass_name), feeds=example, **settings)
         try:
             after, report = manager.run(program)
         except PreconditionError as error:

@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from graphlathe.ir.errors import GraphlatheError
 from graphlathe.passes.pipeline import parse_pipeline
 from graphlathe.tools.bench import compress_evaluate, compress_text
-from graphlathe.tools.bench.compress_methods import OURS, Method, Search, fill
+from graphlathe.tools.bench.compress_methods import Method, fill
 from graphlathe.tools.bench.compress_metrics import (
     LanguageMeter,
     agreement,
@@ -34,12 +34,13 @@ from graphlathe.tools.bench.compress_metrics import (
     retrieval_at_1,
     spearman,
 )
+from graphlathe.tools.bench.compress_ours import OURS
 from graphlathe.tools.bench.compress_peers import PEERS, install, load_peer
 from graphlathe.tools.bench.compress_photos import CALIBRATED, TESTED
 from graphlathe.tools.bench.compress_reach import LARGEST, smallest_ratio
 from graphlathe.tools.bench.compress_subject import SUBJECTS, Case, spread
 from graphlathe.tools.bench.compress_timing import LONGEST_PAUSE, PATIENCE, time_paired
-from graphlathe.tools.bench.compress_work import WorkCounter, count_macs
+from graphlathe.tools.bench.compress_work import Search, WorkCounter, count_macs
 from tests.compress_toy import LEVEL, TOY, Net, Toy
 
 SUITES = ("compress-depth", "compress-width", "compress-heads", "compress-combined", "compress-vision")

@@ -22,7 +22,8 @@ from graphlathe.tools.bench import base as bench_base
 from graphlathe.tools.bench import compress_run
 from graphlathe.tools.bench.base import Goal, Record, Result, Row, Run, Suite, known_rows, run_suite
 from graphlathe.tools.bench.compress_goals import cost_of, goals_of, latency_over_macs
-from graphlathe.tools.bench.compress_methods import OURS, Level, Method, run_pipeline
+from graphlathe.tools.bench.compress_methods import Level, Method, run_pipeline
+from graphlathe.tools.bench.compress_ours import OURS
 from graphlathe.tools.bench.compress_peers import PEERS
 from graphlathe.tools.bench.compress_run import Part, run_method, run_parts
 from graphlathe.tools.bench.compress_subject import Case

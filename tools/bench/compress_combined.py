@@ -13,7 +13,8 @@ from typing import Any
 
 from .base import Result, Row, Run, Suite
 from .compress_goals import longest
-from .compress_methods import BY_BLOCKS, BY_PARAMETERS, BY_SPEED, BY_TIME, Level
+from .compress_methods import Level
+from .compress_ours import BY_BLOCKS, BY_PARAMETERS, BY_SPEED, BY_TIME
 from .compress_parts import MINILM, QUICK_MINILM, QUICK_SMOLLM2, SMOLLM2
 from .compress_run import Part, run_parts
 

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from .base import Result, Row, Run, Suite
-from .compress_methods import GROUPS, QUERIES, Level
+from .compress_methods import Level
+from .compress_ours import GROUPS, QUERIES
 from .compress_parts import MINILM, QUICK_MINILM, QUICK_SMOLLM2, SMOLLM2
 from .compress_run import Part, run_parts
 

@@ -16,10 +16,10 @@ from ...ir.errors import GraphlatheError
 from ...ir.from_hub import load_tokenizer
 from ..smollm2 import smollm2_file
 from .base import Row
-from .compress_methods import Search, export_module
 from .compress_modules import Transformer, parameters
 from .compress_peers import load_peer
-from .compress_subject import Case, subject_of
+from .compress_subject import Case, export_module, subject_of
+from .compress_work import Search
 
 
 def sparsify(case: Mapping[str, Any], level: Mapping[str, Any], target: str, modifier: str) -> Row:

@@ -25,10 +25,10 @@ from onnx import numpy_helper
 from ...ir.errors import GraphlatheError
 from .base import Row
 from .compress_evaluate import size_of, weights_of
-from .compress_methods import Search
 from .compress_peers import load_peer
 from .compress_reach import smallest_ratio
 from .compress_subject import Case, Feeds, Subject, subject_of
+from .compress_work import Search
 
 _BATCHES = 8  # its own default number of samples
 _PASSES = {

@@ -8,11 +8,11 @@ from typing import Any
 from torch import nn
 
 from .base import Row
-from .compress_methods import Search, export_module
 from .compress_modules import Transformer, parameters
 from .compress_peers import load_peer
 from .compress_reach import module_macs, reach, smallest_ratio
-from .compress_subject import Case, Subject, subject_of
+from .compress_subject import Case, Subject, export_module, subject_of
+from .compress_work import Search
 
 
 def depth(case: Mapping[str, Any], level: Mapping[str, Any], target: str) -> Row:

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from .base import Row
-from .compress_methods import Search, export_module
 from .compress_modules import Transformer, block_states, first_output, parameters
 from .compress_reach import module_macs
-from .compress_subject import Case, Feeds, Subject, subject_of
+from .compress_subject import Case, Feeds, Subject, export_module, subject_of
+from .compress_work import Search
 
 
 def cosines(transformer: Transformer, batches: Sequence[Feeds], distance: int) -> list[float]:

@@ -21,7 +21,8 @@ from typing import Any
 from ...ir.errors import GraphlatheError
 from .base import Result, Row, Run
 from .compress_goals import goals_of, latency_over_macs
-from .compress_methods import OURS, PACKAGE, Level, Method
+from .compress_methods import PACKAGE, Level, Method
+from .compress_ours import OURS
 from .compress_peers import install, peers_of
 from .compress_subject import SUBJECTS, Case
 from .machine import commit

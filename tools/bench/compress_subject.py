@@ -197,3 +197,8 @@ def package_folder(module: str, package: str) -> Path:
     if spec is None or not spec.origin:
         raise GraphlatheError(f"'{package}' is not installed", remedy=f"pip install --no-deps {package}")
     return Path(spec.origin).parent
+
+
+def export_module(subject: Subject, module: torch.nn.Module, target: str) -> Path:
+    """Write a changed module's ONNX file the way the dense one was written."""
+    return subject.program(module.eval()).export_onnx(target, fallback=False)

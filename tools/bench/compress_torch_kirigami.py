@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .base import Row
-from .compress_methods import Search, export_module
 from .compress_peers import load_peer
 from .compress_reach import reach
-from .compress_subject import Case, subject_of
+from .compress_subject import Case, export_module, subject_of
+from .compress_work import Search
 
 
 def prune(case: Mapping[str, Any], level: Mapping[str, Any], target: str, parts: Sequence[str] = ()) -> Row:

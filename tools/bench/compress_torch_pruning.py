@@ -17,11 +17,11 @@ from torch import nn
 
 from ...ir.errors import GraphlatheError
 from .base import Row
-from .compress_methods import Search, export_module
 from .compress_modules import Transformer, first_output, parameters
 from .compress_peers import load_peer
 from .compress_reach import reach
-from .compress_subject import Case, Subject, subject_of
+from .compress_subject import Case, Subject, export_module, subject_of
+from .compress_work import Search
 
 _ACTIVATION_BATCHES = 8  # its hook keeps the last call's statistics only: they must all be in one
 

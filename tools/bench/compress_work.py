@@ -3,12 +3,13 @@
 Methods search in different ways: whole passes, passes from some block on, passes of candidates that lack blocks,
 backward passes, products of statistics. Divided by what one token costs in the dense model, the count is the search's
 cost in tokens, the same for every method and independent of what the method says about itself. What is computed
-outside PyTorch (in ONNX Runtime) is not seen here; such a step counts its tokens itself.
+outside PyTorch (in ONNX Runtime) is not seen here; such a step counts its tokens itself. A `Search` adds the time.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -17,6 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+
+from .base import Row
+from .compress_subject import Subject
 
 _aten = torch.ops.aten
 _CPU_ATTENTION = _aten._scaled_dot_product_flash_attention_for_cpu
@@ -77,3 +81,35 @@ def count_macs(call: Callable[[], Any]) -> int:
     with WorkCounter() as counter:
         call()
     return counter.macs
+
+
+class Search:
+    """What the code in ``with`` blocks costs: processor and wall seconds, and the work in units of the dense model.
+
+    Args:
+        subject: whose dense model's work on one unit (a token, an image) is the measure.
+        module: the dense module, if it is there already.
+    """
+
+    def __init__(self, subject: Subject, module: torch.nn.Module | None = None) -> None:
+        feeds = subject.example()
+        dense = module or subject.module()
+        with torch.no_grad():
+            self._unit = count_macs(lambda: dense(**feeds)) / subject.units(feeds)
+        self._counter = WorkCounter()
+        self.seconds = self.cpu_seconds = 0.0
+
+    def __enter__(self) -> Search:
+        self._start = time.perf_counter(), time.process_time()
+        self._counter.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._counter.__exit__(*error)
+        self.seconds += time.perf_counter() - self._start[0]
+        self.cpu_seconds += time.process_time() - self._start[1]
+
+    def row(self, outside: int = 0) -> Row:
+        """The columns; ``outside`` are units that were computed where PyTorch does not see them."""
+        units = round(self._counter.macs / self._unit) + outside
+        return {"search_units": units, "search_seconds": self.seconds, "search_cpu_seconds": self.cpu_seconds}
