@@ -43,6 +43,8 @@ from .planted import loud_head_case
 from .router import trained_usage
 from .usage import head_usage, most_used
 
+_LOOK = "run the pass 'raise' first, or see `graphlathe dump --format tree MODEL`"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Shrp(Pass):
@@ -81,12 +83,8 @@ class Shrp(Pass):
     def check(self, program: Program, ctx: Context) -> None:
         """Refuse programs without attention, blocks that do not exist, and missing data."""
         found = ctx.structure(program)
-        if not found.attention:
-            raise PreconditionError(
-                "no attention was found",
-                pass_name=self.name,
-                remedy="run the pass 'raise' first, or see `graphlathe dump --format tree MODEL`",
-            )
+        if self.stage == "expand" and not found.attention:
+            raise PreconditionError("no attention was found", pass_name=self.name, remedy=_LOOK)
         count = sum(len(stream.blocks) for stream in found.streams)
         for index in self.blocks or ():
             if index >= count:
@@ -122,10 +120,12 @@ class Shrp(Pass):
             chosen = [s for s in sites.heads if self.blocks is None or s.block in self.blocks]
             stats.attempts = len(chosen) + sum(sites.reasons.values())
             if not chosen:
+                # Heads are found by their channels, also where nobody knows yet that they belong to an attention.
+                none = "none lies in these blocks" if sites.heads else "no attention was found"
                 raise PreconditionError(
-                    f"no attention's heads can be cut: {next(iter(sites.reasons), 'none lies in these blocks')}",
+                    f"no attention's heads can be cut: {next(iter(sites.reasons), none)}",
                     pass_name=self.name,
-                    remedy="run the pass 'raise' first, or see `graphlathe dump --format tree MODEL`",
+                    remedy=_LOOK,
                 )
             plan = self._prune(program, chosen, self._usage(program, chosen, ctx), ctx, stats)
             self._write(program, plan, stats)

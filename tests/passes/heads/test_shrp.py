@@ -210,7 +210,18 @@ def test_bad_requests_are_refused() -> None:
         Shrp().check(program, Context())
     Shrp(share=1.0).check(program, Context())
     with pytest.raises(PreconditionError, match="no attention was found"):
-        Shrp().check(traced("plain_resnet"), context)
+        Shrp(stage="expand").check(traced("plain_resnet"), context)
+    with pytest.raises(PreconditionError, match="heads can be cut: no attention was found"):
+        Shrp().run(traced("plain_resnet").clone(), context)
+
+
+def test_heads_of_an_attention_that_is_spelled_out_are_cut() -> None:
+    """A soft cap stands between the products: only `raise` knows that as an attention, but its heads are channels."""
+    program = traced("gemma2")
+    assert not structure(program).attention
+    changed, stats = run(program, Shrp(heads=1), inputs("gemma2", 2))
+    assert [len(row["kept"]) for row in stats.plan["heads"]] == [1, 1]
+    assert changed.parameter_count < program.parameter_count
 
 
 def test_data_that_is_no_number_is_refused() -> None:
