@@ -133,8 +133,9 @@ def cut_sites(program: Program, cuts: Sequence[Cut], ctx: Context, made_by: str)
         VerifyError: as `ir.axes.cut`.
     """
     notes: list[str] = []
+    weights = set(program.weights)
     for number, chosen in enumerate(_rounds(cuts)):
-        found = _again(program, chosen, ctx, made_by) if number else chosen
+        found = _again(program, chosen, weights, ctx, made_by) if number else chosen
         # Norms that are rescaled add places to their group: those of a site go on describing the uncut program.
         pairs = [(replace(s.group, places=dict(s.group.places)), _kept(s, removed)) for s, removed in found]
         for site, (group, keep) in zip((site for site, _ in found), pairs, strict=True):
@@ -250,10 +251,10 @@ def _rounds(cuts: Sequence[Cut]) -> list[list[Cut]]:
     return [members for _, members in rounds]
 
 
-def _again(program: Program, cuts: Sequence[Cut], ctx: Context, made_by: str) -> list[Cut]:
-    """The same sites in the program as it is now."""
+def _again(program: Program, cuts: Sequence[Cut], weights: Collection[str], ctx: Context, made_by: str) -> list[Cut]:
+    """The same sites in the program as it is now; norms that were rescaled since have new weights beside the old."""
     sites = channel_sites(program, ctx.structure(program), {site.kind for site, _ in cuts})[0]
-    by_members = {members_of(site): site for site in sites}
+    by_members = {frozenset(m for m in members_of(site) if m[1] in weights): site for site in sites}
     found: list[Cut] = []
     for site, removed in cuts:
         new = by_members.get(members_of(site))

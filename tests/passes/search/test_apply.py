@@ -16,6 +16,7 @@ from graphlathe.ir.rewrite import Rewriter
 from graphlathe.ir.structure import structure
 from graphlathe.ir.verify import relative_error, verify
 from graphlathe.passes.base import Context
+from graphlathe.passes.canonical.raise_all import RaiseAll
 from graphlathe.passes.search.apply import apply_plan, members_of
 from graphlathe.passes.search.plan import Decision, Plan
 from graphlathe.passes.search.sites import KINDS, ChannelSite, channel_sites
@@ -53,6 +54,21 @@ def test_overlapping_sites_equal_cutting_one_after_the_other(name: str) -> None:
         cut(by_hand, group, keep)
     assert at_once.parameter_count == by_hand.parameter_count < traced(name).parameter_count
     same(at_once.run(at_once.feeds(**batch(name))), by_hand.run(by_hand.feeds(**batch(name))))
+
+
+def test_sites_that_overlap_in_a_norm_are_found_again_after_it_was_rescaled() -> None:
+    """The heads of a state space layer, and the channels inside each, are all normed together."""
+    program = traced("mamba2").clone()
+    RaiseAll().run(program, Context())
+    sites, _ = channel_sites(program, structure(program), ("channels",))
+    norms = [{m.weight for m in site.group.members if m.weight.endswith("norm.weight")} for site in sites]
+    assert any(a & b for i, a in enumerate(norms) for b in norms[:i])
+    changed = program.clone()
+    apply_plan(changed, Plan(tuple(decision(site, 0) for site in sites)), Context(), "test")
+    verify(changed, 2)
+    assert any(name.endswith("norm.rescaled") for name in changed.used_weights())
+    assert changed.parameter_count < program.parameter_count
+    assert all(value.isfinite().all() for value in changed.run(changed.feeds(**batch("mamba2"))).values())
 
 
 @pytest.mark.parametrize("compensation", ["none", "bias", "least-squares", "mask-tuning"])
