@@ -101,7 +101,7 @@ class Tyr(WidthPass):
         table.places, skipped = self._levels(
             program, sites, meter, ctx, dict.fromkeys(_indices(sites), share), self.step
         )
-        table.blocked = {**blocked, **skipped}
+        table.blocked = {**skipped, **blocked}
         known = {place.index for place in table.places}
         sites = [site for site in sites if site.index in known]
         table.whole = meter.whole(sites, [])

@@ -80,7 +80,7 @@ def table_of(program: Program, recipe: Recipe, ctx: Context) -> Table:
     kinds = [kind for kind in recipe.kinds if kind in KINDS]
     sites, blocked = channel_sites(program, found, kinds) if kinds else ([], {})
     sites, unscored = _readable(sites, recipe)
-    blocked = {**blocked, **unscored}
+    blocked = {**unscored, **blocked}  # what is nearest to being cut first
     scores = CHANNEL_SCORES[recipe.score](program, sites, ctx) if sites else {}
     checked = {site.index: _checked(site, scores.get(site.index), recipe) for site in sites}
     # An allocator would remove what has a negative harm even where nothing has to go.
@@ -124,10 +124,13 @@ def table_of(program: Program, recipe: Recipe, ctx: Context) -> Table:
 def nothing_to_remove(kinds: Sequence[str], blocked: Mapping[str, int]) -> PreconditionError:
     """The error for a model without any of the places that are asked for."""
     reasons = "; ".join(f"{reason} ({count}x)" for reason, count in list(blocked.items())[:3])
+    look = "`graphlathe dump --format sites MODEL` shows what was recognised; the pass 'raise' may find more"
+    if set(kinds) <= {"drop-attention", "drop-mlp"}:
+        look += "; blocks of other kinds can be dropped whole (evopress{tied}, drop-block)"
     return PreconditionError(
         f"the model has nothing of the kinds {', '.join(kinds)} that can be removed"
         + (f": blocked by {reasons}" if reasons else ""),
-        remedy="`graphlathe dump --format sites MODEL` shows what was recognised; the pass 'raise' may find more",
+        remedy=look,
     )
 
 

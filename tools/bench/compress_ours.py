@@ -59,6 +59,7 @@ _LEAST_SQUARES = ours(
     "optimal compensation, least squares",
     "canonicalize,compress{sites=mlp target=$params score=optimal-compensation}",
 )
+_FLUCTUATION = ours("fluctuation, least squares", "canonicalize,compress{sites=mlp target=$params}")
 _HEADS = ours("measured levels", f"canonicalize,{_MEASURED.format('heads')}", levels=(GROUPS,))
 _BRANCHES = ours(
     "measured levels, branches and widths",
@@ -94,6 +95,8 @@ OURS: dict[str, tuple[Method, ...]] = {
         _COMP,
         _LEAST_SQUARES,
         *_distilled(_LEAST_SQUARES, main=True),
+        _FLUCTUATION,
+        *_distilled(_FLUCTUATION, main=True),
         ours("Tyr", "canonicalize,tyr{sites=mlp target=$params generations=16 offspring=8 iterations=2 large=6}"),
         _ZEROS,
     ),
