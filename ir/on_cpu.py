@@ -39,14 +39,17 @@ def module_on_cpu(module: torch.nn.Module) -> torch.nn.Module:
     tensors = list(chain(module.parameters(), module.buffers()))
     if not away(tensors):
         return module
-    storages: dict[int, torch.UntypedStorage] = {}
+    storages: dict[tuple[str, int], torch.UntypedStorage] = {}
     memo: dict[int, Any] = {}
     for tensor in tensors:
         if tensor.device.type in _HERE:
             continue
         storage = tensor.untyped_storage()
-        own = storages.setdefault(storage.data_ptr(), storage.cpu())
-        value = torch.empty(0, dtype=tensor.dtype).set_(own, tensor.storage_offset(), tensor.size(), tensor.stride())
+        place = (str(tensor.device), storage.data_ptr())
+        if place not in storages:
+            storages[place] = storage.cpu()
+        whole = torch.empty(0, dtype=tensor.dtype)
+        value = whole.set_(storages[place], tensor.storage_offset(), tensor.size(), tensor.stride())
         wrapped = isinstance(tensor, torch.nn.Parameter)
         memo[id(tensor)] = torch.nn.Parameter(value, tensor.requires_grad) if wrapped else value
     try:
