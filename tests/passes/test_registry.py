@@ -55,11 +55,8 @@ CHOOSES_NOTHING = {"apply-plan"}
 REFUSED = {
     ("albert", "evopress"): "out of reach",  # its blocks share their weights, so dropping some saves none
     ("albert", "tyr"): "is read by several operators",
-    ("convnextv2", "tyr"): "",
-    ("olmoe", "tyr"): "",
-    ("squeezebert", "compress"): "each with its own kernels",
-    ("squeezebert", "flap"): "each with its own kernels",
-    ("squeezebert", "tyr"): "each with its own kernels",
+    ("convnextv2", "tyr"): "takes the mean over it",
+    ("olmoe", "tyr"): "takes the mean over it",
 }
 """Where a pass finds its sites and refuses all the same, with what it says."""
 
@@ -95,7 +92,8 @@ def inputs_of(name: str) -> tuple[Program, Batch, Sequence[Batch]]:
 def test_every_pass_on_every_model(name: str) -> None:
     """Runs, or has nothing to work on and says so; verifies at level 2; keeps its promise (or the manager raises)."""
     program, example, calibration = inputs_of(name)
-    places = places_of(PassManager("canonicalize", costs=False).run(program)[0])
+    canonical = PassManager("canonicalize", costs=False).run(program)[0]
+    places = places_of(canonical)
     verified, ran = {program.fingerprint()}, 0
     for pass_name in NAMES:
         exact = registry.get(pass_name).effect is Effect.EXACT
@@ -104,7 +102,7 @@ def test_every_pass_on_every_model(name: str) -> None:
         settings: dict[str, Any] = {"calibration": calibration, "verify": level, "costs": False}
         manager = PassManager(pass_of(pass_name), feeds=example, **settings)
         try:
-            after, report = manager.run(program)
+            after, report = manager.run(program if exact else canonical)
         except PreconditionError as error:
             assert error.pass_name == pass_name
             assert error.remedy or error.expected

@@ -119,6 +119,7 @@ def test_bad_input_is_refused() -> None:
     program = program_of(six())
     refused(program, ShortGpt(blocks=1), None, "needs calibration data")
     refused(program, ShortGpt(blocks=1), [], "needs calibration data")
+    refused(program_of(stack()), ShortGpt(blocks=0), data(), "no residual stream, so it has no blocks")
     error = refused(program, ShortGpt(blocks=7), data(), "7 of 6 blocks are to go, but only 6 can be dropped")
     assert error.expected == "at most 6"
     refused(program, ShortGpt(blocks=7, window=True), data(), "7 of 6 blocks")
