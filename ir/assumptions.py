@@ -51,7 +51,7 @@ def assumptions(env: ShapeEnv | None) -> Generator[list[Guard]]:
         if found or inner.replacements != saved["replacements"]:
             for name, value in saved.items():
                 setattr(inner, name, value)
-            # Everything that was remembered about expressions is void. Before torch 2.12 one counter stood for both.
+            # Everything that was remembered about expressions is void. Older versions of torch lack this counter.
             inner._replacements_version_counter = getattr(inner, "_replacements_version_counter", 0) + 1
             inner._version_counter += 1
             inner._prev_cache_key = inner._get_key()

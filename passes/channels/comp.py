@@ -21,11 +21,11 @@ from typing import ClassVar, Self
 from ...ir.program import Program
 from ..base import Case, Context, Effect, Stats, option
 from ..layers.shortgpt import ShortGpt
-from ..search.apply import members_of
 from ..search.budget import UNITS
 from ..search.choose import carry_out, compress, make_plan
 from ..search.plan import Decision, Plan
 from ..search.recipe import Recipe, table_of
+from ..search.same_site import Uncut
 from ..search.sites import channel_sites
 from ..search.units import removable_units
 from .planted import proportional_channels_case
@@ -108,9 +108,10 @@ def _found_again(
     """Decisions about sites of one program as decisions about those of another that has the same weights."""
     kinds = ("mlp",)
     old = {site.index: site for site in channel_sites(there, there_ctx.structure(there), kinds)[0]}
-    new = {members_of(site): site for site in channel_sites(here, here_ctx.structure(here), kinds)[0]}
+    uncut = Uncut(there)
+    new = {uncut.now(site): site for site in channel_sites(here, here_ctx.structure(here), kinds)[0]}
     found: list[Decision] = []
     for decision in decisions:
-        site = new[members_of(old[decision.index])]
+        site = new[uncut.before(old[decision.index])]
         found.append(replace(decision, index=site.index, label=site.label, block=site.block))
     return found

@@ -84,10 +84,6 @@ def find_sites(program: Program, found: Structure) -> Sites:
             ]
             reason = next((g.reason for g in own), "no group of heads was found") if not unread else unread[0]
         reasons[reason] = reasons.get(reason, 0) + 1
-    for site in heads if not found.attention else ():
-        if site not in good:
-            reason = site.unread[0] if site.unread else "no output projection was found"
-            reasons[reason] = reasons.get(reason, 0) + 1
     return Sites(good, tuple(site for site in sites if site.kind == "mlp"), reasons)
 
 

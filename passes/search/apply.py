@@ -23,6 +23,7 @@ from .linear_apply import KIND as LINEAR
 from .linear_apply import apply_linear
 from .plan import PARTIAL, Decision, Plan
 from .refit import METHODS, Cut, refit, why_not_fitted
+from .same_site import Uncut
 from .sites import KINDS, ChannelSite, channel_sites
 from .units import GRANULARITIES, Unit, removable_units, replacements
 
@@ -133,9 +134,9 @@ def cut_sites(program: Program, cuts: Sequence[Cut], ctx: Context, made_by: str)
         VerifyError: as `ir.axes.cut`.
     """
     notes: list[str] = []
-    weights = set(program.weights)
+    uncut = Uncut(program)
     for number, chosen in enumerate(_rounds(cuts)):
-        found = _again(program, chosen, weights, ctx, made_by) if number else chosen
+        found = _again(program, chosen, uncut, ctx, made_by) if number else chosen
         # Norms that are rescaled add places to their group: those of a site go on describing the uncut program.
         pairs = [(replace(s.group, places=dict(s.group.places)), _kept(s, removed)) for s, removed in found]
         for site, (group, keep) in zip((site for site, _ in found), pairs, strict=True):
@@ -143,6 +144,8 @@ def cut_sites(program: Program, cuts: Sequence[Cut], ctx: Context, made_by: str)
                 missed = rescale_norms(program, group, keep, Rewriter(program, made_by, group.entry))
                 notes += [f"{site.label}: {missed[0]} ({len(missed)}x)"] if missed else []
         cut_all(program, pairs, made_by=made_by)
+        for site, removed in chosen:
+            uncut.cut(site, list(removed))
     return notes
 
 
@@ -251,19 +254,14 @@ def _rounds(cuts: Sequence[Cut]) -> list[list[Cut]]:
     return [members for _, members in rounds]
 
 
-def _again(program: Program, cuts: Sequence[Cut], weights: Collection[str], ctx: Context, made_by: str) -> list[Cut]:
-    """The same sites in the program as it is now; norms that were rescaled since have new weights beside the old."""
+def _again(program: Program, cuts: Sequence[Cut], uncut: Uncut, ctx: Context, made_by: str) -> list[Cut]:
+    """The same sites in the program as it is now."""
     sites = channel_sites(program, ctx.structure(program), {site.kind for site, _ in cuts})[0]
-    by_members = {frozenset(m for m in members_of(site) if m[1] in weights): site for site in sites}
+    known = {uncut.now(site): site for site in sites}
     found: list[Cut] = []
     for site, removed in cuts:
-        new = by_members.get(members_of(site))
-        if new is None or new.size != site.size:
+        new = known.get(uncut.before(site))
+        if new is None:
             raise PreconditionError(f"{site.label} cannot be cut after the others were", pass_name=made_by)
         found.append((new, removed))
     return found
-
-
-def members_of(site: ChannelSite) -> frozenset[tuple[str, str, int]]:
-    """What tells a site from others, whatever else was cut."""
-    return frozenset((site.kind, member.weight, member.dim) for member in site.group.members)

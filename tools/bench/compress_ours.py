@@ -52,6 +52,12 @@ def _with_rank(plain: Method, rank: int) -> Method:
     return replace(plain, label=f"{plain.label}, maps of rank {rank}", arguments={**plain.arguments, "rank": rank})
 
 
+def _shrp(label: str, options: str, level: str) -> Method:
+    """SHRP of the encoder, which trains by itself."""
+    pipeline = f"canonicalize,shrp{{stage=expand {options} {_HALVED}}}"
+    return ours(label, pipeline, given={"trains": True}, models=_ENCODER, levels=(level,), trained=True)
+
+
 _WINDOW = ours("ShortGPT, window", "canonicalize,shortgpt{blocks=$count window rank=$rank}")
 _DEPTH = ours("EvoPress", _EVOPRESS)
 _COMP = ours("COMP", "canonicalize,comp{target=$params}")
@@ -134,29 +140,12 @@ OURS: dict[str, tuple[Method, ...]] = {
             f"canonicalize,evopress{{target=$ms budget=ms {_SEARCH}}}",
             levels=(BY_TIME,),
         ),
-        ours(
-            "SHRP, distilled",
-            f"canonicalize,shrp{{stage=expand heads=1 width=384 {_HALVED}}}",
-            given={"trains": True},
-            models=_ENCODER,
-            levels=(BY_SPEED,),
-            trained=True,
-        ),
-        ours(
-            "SHRP that reads the stream, distilled",
-            f"canonicalize,shrp{{stage=expand reads=stream heads=8 width=680 {_HALVED}}}",
-            given={"trains": True},
-            models=_ENCODER,
-            levels=(BY_BLOCKS,),
-            trained=True,
-        ),
-        ours(
+        _shrp("SHRP, distilled", "heads=1 width=384", BY_SPEED),
+        _shrp("SHRP that reads the stream, distilled", "reads=stream heads=8 width=680", BY_BLOCKS),
+        _shrp(
             "SHRP that reads the stream, as many MACs as whole blocks, distilled",
-            f"canonicalize,shrp{{stage=expand reads=stream heads=8 width=592 {_HALVED}}}",
-            given={"trains": True},
-            models=_ENCODER,
-            levels=(BY_BLOCKS,),
-            trained=True,
+            "reads=stream heads=8 width=592",
+            BY_BLOCKS,
         ),
         ours(
             "ShortGPT, window, distilled",

@@ -19,7 +19,7 @@ DISTURBED = 1.3
 """Wall over processor time from which a run does not count."""
 PATIENCE = 5
 """Rounds that are tried, in multiples of those that are wanted."""
-LONGEST_PAUSE = 20.0
+LONGEST_PAUSE = 5.0
 """Seconds to wait, at most, after rounds that were disturbed one after the other."""
 
 

@@ -92,11 +92,16 @@ def commit() -> str:
 
 
 def library_version(name: str) -> str | None:
-    """The installed version of a package, or None."""
+    """The installed version of a package, or None; of torch with its build, which its metadata may leave out."""
     try:
-        return version(name)
+        found = version(name)
     except PackageNotFoundError:
         return None
+    if name != "torch":
+        return found
+    import torch
+
+    return str(torch.__version__)
 
 
 def versions(names: tuple[str, ...] = LIBRARIES) -> dict[str, str]:
