@@ -33,6 +33,7 @@ from ..search.budget import UNITS, Meter, sizes_of
 from ..search.choose import compress
 from ..search.depth import depth_seeds
 from ..search.linear_levels import LinearSettings, linear_places
+from ..search.linear_sites import linear_sites
 from ..search.linear_texts import BITS_METHODS, SPARSE_METHODS
 from ..search.place_table import Table
 from ..search.recipe import Recipe, nothing_to_remove, table_of
@@ -41,6 +42,7 @@ from .planted import identity_block_case
 
 MODES = ("depth", "sparsity", "bits")
 METHODS = (*SPARSE_METHODS, *BITS_METHODS)
+_ROUNDING = 1e-9
 _UNITS = {"sparsity": "nonzeros", "bits": "bytes"}
 
 
@@ -64,7 +66,9 @@ class EvoPress(Pass):
     budget: str = option("params", choices=UNITS, help="what is bounded")
     mode: str = option("depth", choices=MODES, help="what a level is: kept or dropped, nonzero weights, bits")
     tied: bool = option(False, help="depth: drop whole blocks instead of branches")
-    levels: int = option(16, ge=1, help="sparsity: levels of the largest layer")
+    levels: int = option(
+        16, ge=1, help="sparsity: levels of the largest layer, besides the one at which all lose the same share"
+    )
     bits: tuple[int, ...] = option((8, 4, 3, 2), ge=2, le=8, help="bits: the levels")
     group: int = option(64, ge=1, help="bits: input channels that share a scale and a zero point")
     method: str | None = option(None, choices=METHODS, help="how a level is solved; none: the best one of the mode")
@@ -136,7 +140,7 @@ class EvoPress(Pass):
             if self.mode == "depth":
                 seeds = depth_seeds(program, table.places, levels, limit, ctx)
             else:
-                seeds = cheap_states(levels, limit)
+                seeds = {"equal share": _equal_share(table, limit), **cheap_states(levels, limit)}
             settings = self.settings(len(batches))
             outcome, history = search(
                 program, table.places, levels, limit, batches, ctx, settings, seeds, self.finalists
@@ -146,15 +150,23 @@ class EvoPress(Pass):
         return compress(program, recipe, ctx, self.to_text(), name=self.name, table=table, allocator=choose)
 
     def _stored(self, program: Program, ctx: Context) -> Table:
-        """Linear layers with a database of levels."""
+        """Linear layers with a database of levels, which is empty where nothing is to go."""
+        sites, _ = linear_sites(program, ctx.structure(program))
+        meter = Meter(program, "bytes" if self.mode == "bits" else "params", sizes_of(program, ctx))
+        whole = sum(site.size if self.mode == "sparsity" else program.weights[site.weight].nbytes for site in sites)
+        goal = meter.total - self.target if self.target is not None else (self.ratio or 0.0) * whole
         settings = LinearSettings(
-            method=self.method, steps=self.levels, bits=self.bits, group=self.group, correction=self.rank
+            method=self.method,
+            goal=goal,
+            steps=self.levels,
+            bits=self.bits,
+            group=self.group,
+            correction=self.rank,
         )
         folder = None if ctx.workspace is None else ctx.workspace / "levels"
         places, blocked = linear_places(program, ctx, self.mode, settings, folder=folder)
         if not places:
             raise nothing_to_remove(("linear layers of blocks",), blocked)
-        meter = Meter(program, "bytes" if self.mode == "bits" else "params", sizes_of(program, ctx))
         whole = sum(place.levels[0].cost for place in places)
         return Table(places, meter, blocked, whole=whole, total=meter.total, added_up=True)
 
@@ -173,3 +185,14 @@ class EvoPress(Pass):
     def planted(cls) -> Case:
         """One of four blocks adds exactly zero to the stream; it must be the one that goes."""
         return identity_block_case(cls(ratio=0.25, tied=True, generations=3, offspring=4))
+
+
+def _equal_share(table: Table, limit: float) -> tuple[int, ...]:
+    """Of each place the mildest level that leaves no larger a share of it than the limit leaves of all."""
+    share = 1 - (table.total - limit) / table.whole + _ROUNDING
+
+    def mildest(costs: Sequence[float]) -> int:
+        fitting = [number for number, cost in enumerate(costs) if cost <= share * costs[0]]
+        return max(fitting or [len(costs) - 1], key=costs.__getitem__)
+
+    return tuple(mildest([level.cost for level in place.levels]) for place in table.places)

@@ -43,6 +43,8 @@ class LinearSettings:
 
     Attributes:
         method: how a level is solved, out of `SPARSE_METHODS` or `BITS_METHODS`; None: the first of them.
+        goal: what all layers together are to save; where that is nothing there are no levels. sparsity: one more level
+            of each saves the share that all would save alike, which is what a search has to beat. None: not known.
         step: sparsity: how many numbers each level saves more than the one before, the same for all layers, so that
             one layer's step up pays for another's step down. None: such that the layer that can save most has ``steps``
             levels.
@@ -57,6 +59,7 @@ class LinearSettings:
     """
 
     method: str | None = None
+    goal: float | None = None
     step: int | None = None
     steps: int = 16
     floor: float = 0.1
@@ -106,7 +109,7 @@ def linear_places(
     settings = LinearSettings() if settings is None else settings
     sites, blocked = linear_sites(program, ctx.structure(program))
     wanted = levels_of(sites, mode, settings)
-    if settings.correction:
+    if settings.correction and (settings.goal is None or settings.goal > 0):
         wanted = {site.index: that_save(wanted[site.index], _costs(program, site, mode)) for site in sites}
         small = [site for site in sites if not wanted[site.index]]
         sites = [site for site in sites if wanted[site.index]]
@@ -146,21 +149,29 @@ def levels_of(sites: Sequence[LinearSite], mode: str, settings: LinearSettings) 
     method = settings.method or next(iter(choices), "")
     if choices and method not in choices:
         raise InputError(f"no method '{method}' for {mode}", expected=f"one of: {', '.join(choices)}")
+    if settings.goal is not None and settings.goal <= 0:
+        return {site.index: [] for site in sites}
     if mode == "bits":
         return {site.index: _bit_levels(site, settings, method) for site in sites}
     if mode == "rank":
         return {site.index: _rank_levels(site, settings) for site in sites}
-    rank = settings.correction
+    return _sparse_levels(sites, settings, method)
+
+
+def _sparse_levels(sites: Sequence[LinearSite], settings: LinearSettings, method: str) -> dict[int, list[LinearLevel]]:
+    rank, goal = settings.correction, settings.goal
     beside = {site.index: rank * (site.inputs + site.outputs) for site in sites}
     room = {site.index: _removable(site, settings.floor) - beside[site.index] for site in sites}
     step = settings.step or max(1, max(room.values(), default=0) // settings.steps)
-    return {
-        site.index: [
-            Sparse(site.size - beside[site.index] - saved, method, rank)
-            for saved in range(step, room[site.index] + 1, step)
-        ]
-        for site in sites
-    }
+    share = (goal or 0.0) / max(1, sum(site.size for site in sites if room[site.index] > 0))
+    found: dict[int, list[LinearLevel]] = {}
+    for site in sites:
+        saved = {*range(step, room[site.index] + 1, step)}
+        if goal is not None and room[site.index] > 0:
+            saved.add(min(room[site.index], math.ceil(share * site.size)))
+        whole = site.size - beside[site.index]
+        found[site.index] = [Sparse(whole - numbers, method, rank) for numbers in sorted(saved)]
+    return found
 
 
 def _removable(site: LinearSite, floor: float) -> int:

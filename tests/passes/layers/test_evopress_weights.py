@@ -240,6 +240,23 @@ def test_sparse_weights_are_the_layers_own_solutions() -> None:
     assert sum(sizes.values()) * 0.4 < sum((sizes | nonzeros).values()) <= sum(sizes.values()) * 0.5
 
 
+def test_the_search_starts_from_the_equal_share() -> None:
+    """Whatever the steps of the levels, it is never worse than every layer at the sparsity of the whole."""
+    model = stack(Attention(2, 2), Mlp(9), Attention(2, 2), Mlp(9), seed=5)
+    program = program_of(model)
+    sizes = {name: weight_of(model, name).numel() for name in layer_order(model)}
+    equal = {name: size - math.ceil(0.075 * size) for name, size in sizes.items()}
+    rows = inputs_of_layers(model, data())
+    sparse = with_solutions(model, equal, rows, "sparsegpt")
+    with torch.no_grad():
+        found = [divergence(sparse(b["x"]).double(), model(b["x"]).double()) for b in data()]
+    settings = EvoPress(mode="sparsity", ratio=0.075, levels=3, generations=2, offspring=4, confidence=0)
+    _, stats = run(program, settings, data())
+    seeds = {point["origin"]: point["score"] for point in stats.plan["search"]["evaluated"]}
+    assert stats.plan["search"]["chosen"]["score"] <= seeds["seed: equal share"]
+    assert seeds["seed: equal share"] == pytest.approx(sum(found) / len(found), rel=1e-4)
+
+
 @pytest.mark.parametrize("method", BITS_METHODS)
 def test_bits_are_the_planned_ones(method: str) -> None:
     """The model with each layer replaced by its own solution does what the program with packed codes does."""
@@ -296,6 +313,8 @@ def are_not_read(model: Stack) -> set[str]:
 def test_sparsity_goes_where_weights_are_of_no_use(plant: Callable[[Stack], set[str]]) -> None:
     """Of the six layers of 48 weights, two have 40 of no use."""
     model = stack(Mlp(8), Mlp(8), Mlp(8), seed=8)
+    for block in range(3):  # hidden units that are never active would make other weights useless, too
+        model.get_parameter(f"blocks.{block}.up.bias").detach().add_(4)
     planted = plant(model)
     program = program_of(model)
     settings = EvoPress(mode="sparsity", levels=4, ratio=80 / (6 * 48), **SEARCH)

@@ -48,6 +48,24 @@ def test_a_step_may_be_given() -> None:
     assert costs(places) == [[240, 140, 40]] * 4
 
 
+def test_one_level_more_saves_the_equal_share_of_a_goal() -> None:
+    places, _ = linear_places(mlps(), data(), "sparsity", LinearSettings(steps=3, floor=0.25, goal=400))
+    assert costs(places) == [[240, 180, 140, 120, 60]] * 4
+    # A share that is a level already is no second one, and beyond the floor there is none.
+    places, _ = linear_places(mlps(), data(), "sparsity", LinearSettings(steps=3, floor=0.25, goal=4 * 120))
+    assert costs(places) == [[240, 180, 120, 60]] * 4
+    places, _ = linear_places(mlps(), data(), "sparsity", LinearSettings(steps=1, floor=0.25, goal=4 * 200))
+    assert costs(places) == [[240, 60]] * 4
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("correction", [0, 2])
+def test_where_nothing_is_to_go_nothing_is_solved(mode: str, correction: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_levels, "solve", lambda *given: pytest.fail("solved") if any(given[2].values()) else [])
+    places, _ = linear_places(mlps(), Context(), mode, LinearSettings(goal=0, correction=correction))
+    assert costs(places) == [[240 if mode != "bits" else 960]] * 4
+
+
 def test_bits_cost_the_bytes_that_they_take() -> None:
     places, _ = linear_places(mlps(), data(), "bits", SETTINGS)
     # 20 rows of 12 codes with 2 groups, 12 rows of 20 codes with 4 groups: scale and zero take 5 bytes a group.
