@@ -50,7 +50,7 @@ class Comp(WidthPass):
     target: float | None = option(None, gt=0, help="what the whole model may cost, in the unit of the budget")
     budget: str = option("params", choices=UNITS, help="what is bounded")
     score: str = option("optimal-compensation", choices=("optimal-compensation", "condition"), help="of neurons")
-    multiple: int = option(1, ge=1, help="what stays of a cut MLP is a multiple of this")
+    multiple: int = option(1, ge=1, help="channels that stay of a cut MLP are a multiple of this")
 
     def recipe(self) -> Recipe:
         """Step 2 and 3."""

@@ -59,7 +59,7 @@ class Compress(WidthPass):
     standardize: bool = option(True, help="compare scores of different sites by how they stand out within their site")
     rank: int = option(0, ge=0, help="rank of a map, fitted in closed form, in the place of what is dropped; 0: none")
     floor: float = option(0.0, ge=0, lt=1, help="share of every site that stays at least")
-    multiple: int = option(1, ge=1, help="what stays of a cut site is a multiple of this")
+    multiple: int = option(1, ge=1, help="channels that stay of a cut site are a multiple of this")
     steps: int | None = option(None, ge=1, help="levels per site; none: every number of channels")
     measure: bool = option(False, help="judge levels by what each alone does to the outputs, not by scores")
     generations: int = option(50, ge=0, help="evolution: generations at most")

@@ -51,7 +51,7 @@ class Flap(WidthPass):
     target: float | None = option(None, gt=0, help="what the whole model may cost, in the unit of the budget")
     budget: str = option("params", choices=UNITS, help="what is bounded")
     floor: float = option(0.0, ge=0, lt=1, help="share of every site that stays at least")
-    multiple: int = option(1, ge=1, help="what stays of a cut site is a multiple of this")
+    multiple: int = option(1, ge=1, help="channels that stay of a cut site are a multiple of this")
 
     def recipe(self) -> Recipe:
         """The paper's four choices."""

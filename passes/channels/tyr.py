@@ -34,6 +34,7 @@ from ..search.place_table import Table
 from ..search.recipe import Recipe, nothing_to_remove
 from ..search.searching import cheap_states, search, two_stages
 from ..search.sites import ChannelSite, channel_sites
+from ..search.widths import about_widths, at_multiples, in_atoms
 from .planted import proportional_channels_case
 from .width import WidthPass
 
@@ -60,6 +61,7 @@ class Tyr(WidthPass):
     ratio: float | None = option(None, ge=0, lt=1, help="share of what the sites cost that goes")
     target: float | None = option(None, gt=0, help="what the whole model may cost, in the unit of the budget")
     budget: str = option("params", choices=("params", "bytes", "macs"), help="what is bounded")
+    multiple: int = option(1, ge=1, help="channels that stay of a cut site are a multiple of this")
     step: float = option(0.125, gt=0, le=0.5, help="distance of the first levels, as a share of a site")
     expectation: str = option(
         "weighted",
@@ -94,7 +96,8 @@ class Tyr(WidthPass):
         if not sites:
             raise nothing_to_remove(self.sites, blocked)
         meter = Meter(program, self.budget, sizes_of(program, ctx))
-        table = Table([], meter, blocked, whole=meter.whole(sites, []), total=meter.total)
+        notes = about_widths(sites, self.multiple)
+        table = Table([], meter, blocked, notes, whole=meter.whole(sites, []), total=meter.total)
         if table.limit(recipe.ratio, recipe.target) >= meter.total:
             return compress(program, recipe, ctx, self.to_text(), name=self.name, table=self._idle(table, sites, meter))
         share = (meter.total - table.limit(recipe.ratio, recipe.target)) / max(table.whole, 1)
@@ -137,11 +140,13 @@ class Tyr(WidthPass):
         for site in sites:
             shares = [around[site.index] + step * offset for offset in range(-_AROUND, _AROUND + 1)]
             numbers = {min(max(round(share * site.size), 0), site.size - 1) for share in shares}
-            grid[site.index] = numbers
+            multiple = in_atoms(site, self.multiple)
+            grid[site.index] = numbers & {0} | {*at_multiples(numbers, site.size, site.size - 1, multiple)}
             # The harshest level must be there: without it a budget that is within reach might not be.
             extra = site.size - 1 if step == self.step else 1
-            counts[site.index] = sorted((numbers | {extra}) - {0})
-            middle[site.index] = min(max(round(around[site.index] * site.size), 0), site.size - 1)
+            counts[site.index] = at_multiples({*numbers, extra}, site.size, site.size - 1, multiple)
+            share = around[site.index]
+            middle[site.index] = min(grid[site.index], key=lambda n, at=share * site.size: (abs(n - at), n), default=0)
         expected = grid if self.expectation == "weighted" else None
         return obs_places(
             program, sites, meter, ctx, counts, middle=middle, expected=expected, rounds=_ROUNDS, damping=self.damping

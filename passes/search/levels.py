@@ -19,6 +19,9 @@ from ...ir.weights import Weight
 from .sites import ChannelSite
 from .units import Unit
 
+TOO_NARROW = "too few atoms"
+"""Why a site is no place: with what is to stay of it, it has no level but the untouched one."""
+
 
 @dataclass(frozen=True, eq=False)
 class Level:

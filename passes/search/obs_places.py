@@ -29,7 +29,7 @@ from .compensation.base import Compensated
 from .compensation.least_squares import least_squares
 from .consumers import Consumer, other_readers, weight_matrix, with_weight_matrix
 from .flow import Walk
-from .levels import Level, Place
+from .levels import TOO_NARROW, Level, Place
 from .local.columns import group_compensation_scores
 from .local.obs import Removal, remove_groups
 from .refit import counted_rows
@@ -83,7 +83,7 @@ def obs_places(
     for site in ctx.progress(sites, len(sites), "levels"):
         reason = _unfit(program, site, fitted)
         if reason or not counts[site.index]:
-            blocked[reason or "too few atoms"] = blocked.get(reason or "too few atoms", 0) + 1
+            blocked[reason or TOO_NARROW] = blocked.get(reason or TOO_NARROW, 0) + 1
             continue
         samples = {consumer: Samples() for consumer in site.consumers}
         operands = {consumer.operand for consumer in site.consumers}

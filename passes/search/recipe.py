@@ -21,14 +21,14 @@ from .allocators.table import Allocation
 from .allocators.uniform import uniform
 from .apply import DROPS
 from .budget import Meter, sizes_of
-from .levels import Place
+from .levels import TOO_NARROW, Place
 from .linear_apply import KIND as LINEAR
 from .place_table import Table
 from .plan import Decision, Plan
 from .scores import CHANNEL_SCORES
 from .sites import KINDS, ChannelSite, channel_sites
 from .timed import timed
-from .widths import branch_of, drop_places, width_place
+from .widths import about_widths, branch_of, drop_places, width_place
 
 ALLOCATORS = ("uniform", "global-threshold", "greedy", "knapsack", "evolution")
 
@@ -47,7 +47,7 @@ class Recipe:
         target: what the whole program may cost.
         steps: levels per channel site; None: every number of atoms.
         floor: the share of the atoms of a site that stays at least.
-        multiple: what stays is a multiple of this.
+        multiple: the channels that stay of a cut site are a multiple of this.
         standardize: whether scores are standardised per site before sites are compared.
         per_saving: whether the harm of an atom is its score (False), or its score times what it saves, so that an
             allocator that compares harm per saving compares scores.
@@ -87,26 +87,32 @@ def table_of(program: Program, recipe: Recipe, ctx: Context) -> Table:
     least = min((float(values.min()) for values in checked.values()), default=0.0)
     places: list[Place] = []
     held: set[tuple[str, int]] = set()
+    narrow: list[ChannelSite] = []
     for site in sites:
         granularity = {"heads": "attention", "mlp": "mlp"}.get(site.kind)
         unit = branch_of(site, found, granularity) if granularity and f"drop-{granularity}" in recipe.kinds else None
         if unit is not None and granularity is not None:
             held.add((granularity, unit.index))
-        places.append(
-            width_place(
-                program,
-                site,
-                checked[site.index],
-                meter,
-                steps=recipe.steps,
-                floor=recipe.floor,
-                multiple=recipe.multiple,
-                weighted=recipe.per_saving,
-                least_score=min(least, 0.0),
-                drop=unit,
-                rank=recipe.rank,
-            )
+        place = width_place(
+            program,
+            site,
+            checked[site.index],
+            meter,
+            steps=recipe.steps,
+            floor=recipe.floor,
+            multiple=recipe.multiple,
+            weighted=recipe.per_saving,
+            least_score=min(least, 0.0),
+            drop=unit,
+            rank=recipe.rank,
         )
+        if len(place.levels) > 1:
+            places.append(place)
+        else:
+            narrow.append(site)
+    if narrow:
+        sites = [site for site in sites if site not in narrow]
+        blocked = {TOO_NARROW: len(narrow), **blocked}
     for kind in recipe.kinds:
         if kind in DROPS:
             more, why = drop_places(program, found, DROPS[kind], meter, recipe.rank)
@@ -117,7 +123,8 @@ def table_of(program: Program, recipe: Recipe, ctx: Context) -> Table:
     places.sort(key=lambda place: place.first)
     units = [place.levels[-1].drop for place in places]
     whole = meter.whole(sites, [unit for unit in units if unit is not None])
-    table = Table(places, meter, blocked, whole=whole, total=meter.total)
+    notes = about_widths(sites, recipe.multiple)
+    table = Table(places, meter, blocked, notes, whole=whole, total=meter.total)
     return timed(program, table, ctx) if recipe.unit == "ms" else table
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -40,8 +41,7 @@ def width_place(
         steps: how many levels besides the untouched one, evenly spaced from one atom to all that may go; None: one for
             each number of atoms.
         floor: the share of the atoms that stays at least (at least one does).
-        multiple: how many atoms stay is a multiple of this, where anything is cut: kernels run at full speed only at
-            round sizes.
+        multiple: how many channels stay is a multiple of this, where anything is cut (`in_atoms`, `at_multiples`).
         weighted: whether an atom's harm is its score times what it saves, so that scores alone decide under an
             allocator that compares harm per saving.
         least_score: what all scores are counted from: no harm is negative if it is the lowest of all sites.
@@ -54,10 +54,7 @@ def width_place(
     counts = (
         range(1, most + 1) if steps is None else sorted({round(most * i / steps) for i in range(1, steps + 1)} - {0})
     )
-    if multiple > 1:
-        least = -(-(size - most) // multiple) * multiple
-        kept = {max(least, (size - count) // multiple * multiple) for count in counts}
-        counts = sorted({size - each for each in kept if each < size} - {0})
+    counts = at_multiples(counts, size, most, in_atoms(site, multiple))
     whole = meter.cut(site, range(size))
     # All atoms consist of the same elements, so savings grow evenly, unless one weight is cut along two dimensions.
     names = [member.weight for member in site.group.members]
@@ -78,6 +75,36 @@ def width_place(
         levels.append(Level("dropped", meter.correction(drop, rank), drop=drop))
         first = min(first, positions[drop.replaced])
     return Place(site.kind, site.label, site.block, tuple(levels), first, site.index, tuple(float(s) for s in scores))
+
+
+def in_atoms(site: ChannelSite, multiple: int) -> int:
+    """Of how many atoms the number that stays must be a multiple, so that no dimension has another number of channels.
+
+    Kernels run at full speed only at round sizes; a head of 64 channels has one already.
+    """
+    channels = math.gcd(*(member.index.shape[1] for member in site.group.members))
+    return multiple // math.gcd(multiple, channels)
+
+
+def about_widths(sites: Iterable[ChannelSite], multiple: int) -> list[str]:
+    """A line for the report where convolutions may end up at widths that ONNX Runtime's fast kernels do not take."""
+    if multiple > 1 or not any(site.kind == "channels" for site in sites):
+        return []
+    return ["convolutions of odd widths run slower in ONNX Runtime than wider ones: multiple=16 keeps round widths"]
+
+
+def at_multiples(counts: Iterable[int], size: int, most: int, multiple: int) -> list[int]:
+    """Numbers of atoms to remove after which a multiple stays, increasing; rounded up.
+
+    Args:
+        counts: numbers to remove, which may be rounded.
+        size: how many atoms there are.
+        most: how many may go.
+        multiple: of what stays. A site that cannot get narrower and have a multiple gives no number.
+    """
+    least = -(-(size - most) // multiple) * multiple
+    kept = {max(least, (size - count) // multiple * multiple) for count in counts if count}
+    return sorted({size - each for each in kept if each < size})
 
 
 def drop_places(

@@ -80,7 +80,7 @@ _ZEROS = ours(
 )
 _CHANNELS = ours(
     "optimal compensation, least squares",
-    "canonicalize,fold-batchnorm,compress{sites=channels target=$params score=optimal-compensation}",
+    "canonicalize,fold-batchnorm,compress{sites=channels target=$params score=optimal-compensation multiple=16}",
     models=_PHOTOS,
 )
 _ANYTHING = replace(_DEPTH, levels=(BY_PARAMETERS,))
@@ -158,14 +158,17 @@ OURS: dict[str, tuple[Method, ...]] = {
         ),
     ),
     "compress-vision": (
-        ours("FLAP", "canonicalize,fold-batchnorm,flap{sites=channels target=$params}"),
-        ours("fluctuation, least squares", "canonicalize,fold-batchnorm,compress{sites=channels target=$params}"),
+        ours("FLAP", "canonicalize,fold-batchnorm,flap{sites=channels target=$params multiple=16}"),
+        ours(
+            "fluctuation, least squares",
+            "canonicalize,fold-batchnorm,compress{sites=channels target=$params multiple=16}",
+        ),
         _CHANNELS,
         *_distilled(_CHANNELS),
         ours(
             "Tyr",
-            "canonicalize,fold-batchnorm,tyr{sites=channels target=$params generations=16 offspring=8 iterations=2"
-            " large=6}",
+            "canonicalize,fold-batchnorm,tyr{sites=channels target=$params multiple=16 generations=16 offspring=8"
+            " iterations=2 large=6}",
         ),
     ),
 }

@@ -18,6 +18,7 @@ from graphlathe.ir.from_torch import trace
 from graphlathe.ir.program import Program
 from graphlathe.passes.base import Batch, Context
 from graphlathe.passes.channels.compress import Compress
+from graphlathe.passes.channels.tyr import Tyr
 from graphlathe.passes.fidelity import output_distance
 from graphlathe.passes.layers.evopress import EvoPress
 from graphlathe.passes.manager import PassManager
@@ -321,3 +322,19 @@ def test_floor_and_multiple_hold_with_every_allocator() -> None:
         )
         for gone in removed(run(program, settings, data())[1]):
             assert (16 - len(gone)) % 4 == 0 and len(gone) <= 8
+
+
+def test_a_multiple_counts_channels_and_not_heads() -> None:
+    """Heads of two channels: of four of them two are a multiple of four; an MLP of four channels stays as it is."""
+    program = program_of(stack(Attention(4, 4), Mlp(4), Mlp(16)))
+    settings: dict[str, Any] = {"ratio": 0.3, "multiple": 4}
+    for pass_ in (
+        Compress(**settings, allocator="uniform", compensation="none"),
+        Tyr(**settings, iterations=2, generations=2, offspring=4),
+    ):
+        after, stats = run(program, pass_, data())
+        assert stats.misses["too few atoms"] == 1, pass_
+        assert after.weights["blocks.0.o.weight"].shape[1] in (4, 8)
+        assert after.weights["blocks.1.down.weight"].shape[1] == 4
+        assert after.weights["blocks.2.down.weight"].shape[1] % 4 == 0
+        assert after.parameter_count < program.parameter_count
