@@ -46,17 +46,29 @@ def attention(
     scores = op("MatMul", op("Mul", query, factor), op("Transpose", key, perm=order))
     lowest = t.recorder.constant(-math.inf, query.dtype)
     if is_causal:
-        scores = op("Where", _causal(t, query, key, q, k), scores, lowest)
+        scores = op("Add", scores, _as_bias(t, _causal(t, query, key, q, k), query.dtype))
     if attn_mask is None:
         return op("MatMul", op("Softmax", scores, axis=-1), value)
     if attn_mask.dtype == ir.DataType.BOOL:
-        scores = op("Where", attn_mask, scores, lowest)
-    else:
-        scores = op("Add", scores, op("Cast", attn_mask, to=int(query.dtype)))
+        attn_mask = _as_bias(t, attn_mask, query.dtype)
+    scores = op("Add", scores, op("Cast", attn_mask, to=int(query.dtype)))
     top = op("ReduceMax", scores, t.recorder.constant([-1], ir.DataType.INT64), keepdims=1)
     zero = t.recorder.constant(0.0, query.dtype)
-    weights = op("Where", op("Equal", top, lowest), zero, op("Softmax", scores, axis=-1))
-    return op("MatMul", weights, value)
+    # The softmax of a row that is masked everywhere is not a number; what it makes of the values is replaced, which
+    # touches less than the weights do wherever there are more positions than channels.
+    return op("Where", op("Equal", top, lowest), zero, op("MatMul", op("Softmax", scores, axis=-1), value))
+
+
+def _as_bias(t: Translator, mask: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """What a mask adds to the scores, as PyTorch has it; the same value in every layer that reads the mask.
+
+    ONNX Runtime adds much faster than it selects.
+    """
+    made = ("mask", str(id(mask)), str(dtype))
+    if made not in t.shared:
+        zero, lowest = (t.recorder.constant(number, dtype) for number in (0.0, -math.inf))
+        t.shared[made] = t.recorder.op("Where", mask, zero, lowest)
+    return t.shared[made]
 
 
 def _repeat_heads(t: Translator, x: ir.Value, groups: int, heads: int, rank: int) -> ir.Value:
