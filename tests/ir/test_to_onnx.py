@@ -246,6 +246,23 @@ def test_attention_is_pytorchs_even_where_everything_is_masked(kind: str, groups
         assert_same(program, path, feeds)
 
 
+def test_a_mask_is_made_into_numbers_once(tmp_path: Path) -> None:
+    """Layers that share a mask share what it adds, and select nothing as large as their scores."""
+
+    class Layers(nn.Module):
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            for _ in range(3):
+                x = torch.nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+            return x
+
+    program = trace(Layers(), (torch.randn(2, 4, 5, 8), torch.rand(2, 1, 5, 5) > 0.4))
+    path = tmp_path / "m.onnx"
+    program.export_onnx(path)
+    selections = [node for node in onnx.load(path).graph.node if node.op_type == "Where"]
+    assert sum("mask" in node.input for node in selections) == 1
+    assert len(selections) == 1 + 3
+
+
 def test_bfloat16_weights_are_written_bit_by_bit(tmp_path: Path) -> None:
     module = nn.Embedding(40, 32, dtype=torch.bfloat16)
     program = trace(module, (torch.tensor([1, 2]),))
