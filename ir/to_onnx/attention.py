@@ -64,7 +64,7 @@ def _as_bias(t: Translator, mask: ir.Value, dtype: ir.DataType) -> ir.Value:
 
     ONNX Runtime adds much faster than it selects.
     """
-    made = ("mask", str(id(mask)), str(dtype))
+    made = ("bias", mask, dtype)
     if made not in t.shared:
         zero, lowest = (t.recorder.constant(number, dtype) for number in (0.0, -math.inf))
         t.shared[made] = t.recorder.op("Where", mask, zero, lowest)

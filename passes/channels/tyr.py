@@ -96,7 +96,7 @@ class Tyr(WidthPass):
         if not sites:
             raise nothing_to_remove(self.sites, blocked)
         meter = Meter(program, self.budget, sizes_of(program, ctx))
-        notes = about_widths(sites, self.multiple)
+        notes = about_widths(program, sites, self.multiple)
         table = Table([], meter, blocked, notes, whole=meter.whole(sites, []), total=meter.total)
         if table.limit(recipe.ratio, recipe.target) >= meter.total:
             return compress(program, recipe, ctx, self.to_text(), name=self.name, table=self._idle(table, sites, meter))

@@ -123,7 +123,7 @@ def table_of(program: Program, recipe: Recipe, ctx: Context) -> Table:
     places.sort(key=lambda place: place.first)
     units = [place.levels[-1].drop for place in places]
     whole = meter.whole(sites, [unit for unit in units if unit is not None])
-    notes = about_widths(sites, recipe.multiple)
+    notes = about_widths(program, sites, recipe.multiple)
     table = Table(places, meter, blocked, notes, whole=whole, total=meter.total)
     return timed(program, table, ctx) if recipe.unit == "ms" else table
 

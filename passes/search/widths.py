@@ -86,9 +86,10 @@ def in_atoms(site: ChannelSite, multiple: int) -> int:
     return multiple // math.gcd(multiple, channels)
 
 
-def about_widths(sites: Iterable[ChannelSite], multiple: int) -> list[str]:
+def about_widths(program: Program, sites: Iterable[ChannelSite], multiple: int) -> list[str]:
     """A line for the report where convolutions may end up at widths that ONNX Runtime's fast kernels do not take."""
-    if multiple > 1 or not any(site.kind == "channels" for site in sites):
+    images = any(len(program.weights[member.weight].shape) == 4 for site in sites for member in site.group.members)
+    if multiple > 1 or not images:
         return []
     return ["convolutions of odd widths run slower in ONNX Runtime than wider ones: multiple=16 keeps round widths"]
 

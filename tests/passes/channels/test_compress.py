@@ -26,6 +26,7 @@ from graphlathe.passes.pipeline import parse_pipeline
 from graphlathe.passes.search.apply import COMPENSATIONS
 from graphlathe.passes.search.recipe import ALLOCATORS, table_of
 from graphlathe.passes.search.scores import CHANNEL_SCORES
+from graphlathe.passes.search.widths import at_multiples
 from graphlathe.tools import zoo
 from tests.passes.channels.tiny import (
     WIDTH,
@@ -338,3 +339,27 @@ def test_a_multiple_counts_channels_and_not_heads() -> None:
         assert after.weights["blocks.1.down.weight"].shape[1] == 4
         assert after.weights["blocks.2.down.weight"].shape[1] % 4 == 0
         assert after.parameter_count < program.parameter_count
+
+
+@pytest.mark.parametrize("name", ["plain_resnet", "llama"])
+@pytest.mark.parametrize("multiple", [1, 2])
+def test_convolutions_of_odd_widths_are_said(name: str, multiple: int) -> None:
+    program, batches = traced(name), batches_of(name)
+    settings = Compress(ratio=0.25, score="magnitude", allocator="uniform", compensation="none", multiple=multiple)
+    notes = run(program, settings, batches)[1].notes
+    assert any("odd widths" in note for note in notes) == (name == "plain_resnet" and multiple == 1)
+
+
+@pytest.mark.parametrize(
+    ("counts", "most", "multiple", "expected"),
+    [
+        (range(1, 10), 9, 1, list(range(1, 10))),
+        (range(1, 10), 9, 4, [2, 6]),  # 8 or 4 stay
+        ([3], 9, 4, [6]),
+        (range(1, 6), 5, 4, [2]),  # at least five are to stay
+        ([0], 9, 4, []),
+        (range(1, 10), 9, 16, []),
+    ],
+)
+def test_numbers_that_leave_a_multiple(counts: Any, most: int, multiple: int, expected: list[int]) -> None:
+    assert at_multiples(counts, 10, most, multiple) == expected
