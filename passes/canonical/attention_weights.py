@@ -1,7 +1,7 @@
 """Follow the weights of an attention from their softmax to the product with the values.
 
 Between them may stand casts, a reshape of the leading axes, the end of a column of sinks, and a guard that gives zero
-weights to a query that sees no key.
+weights to a query that sees no key. The guard may also stand after the product.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def follow_weights(softmax: fx.Node, sinks: bool, number: Number) -> tuple[fx.No
         number: the number that an argument is, or None.
 
     Returns:
-        The product, the values, and the sizes to which the weights are reshaped before (or None).
+        The product (or the guard after it), the values, and the sizes to which the weights are reshaped before (or
+        None).
 
     Raises:
         NoAttention: the weights go elsewhere.
@@ -54,7 +55,7 @@ def follow_weights(softmax: fx.Node, sinks: bool, number: Number) -> tuple[fx.No
                 raise NoAttention("its weights are multiplied by a weight")
             if sinks:
                 raise NoAttention("the column of its sinks has values")
-            return user, args[1], back
+            return _guard_after(user, softmax, node, number) or user, args[1], back
         if is_op(user, aten._to_copy) and user.meta["val"].dtype.is_floating_point:
             node = user
         elif is_op(user, aten.where) and args[2] is node:
@@ -104,6 +105,16 @@ def _without_guard(node: fx.Node, number: Number) -> list[fx.Node]:
     if len(guards) == 1 and _guards(guards[0], node, number):
         return [u for u in users if u not in tests]
     return users
+
+
+def _guard_after(product: fx.Node, softmax: fx.Node, weights: fx.Node, number: Number) -> fx.Node | None:
+    """What gives zero to a query that sees no key, if that is all that reads the product."""
+    if len(product.users) != 1:
+        return None
+    guard = next(iter(product.users))
+    if not is_op(guard, aten.where) or guard.args[2] is not product or number(guard.args[1]) != 0:
+        return None
+    return guard if _Rows(softmax, (weights, softmax), number).without_key(guard.args[0]) else None
 
 
 def _guards(where: fx.Node, weights: fx.Node, number: Number) -> bool:

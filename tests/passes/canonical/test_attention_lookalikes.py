@@ -204,6 +204,30 @@ def test_what_is_raised_is_equal_in_every_row(name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("seen", "hides", "stays"),
+    [
+        (SEEN & CAUSAL, lambda s: s.amax(-1, keepdim=True) == -math.inf, False),
+        (SEEN & CAUSAL, lambda s: (s == -math.inf).all(-1, keepdim=True), False),
+        (CAUSAL, lambda s: s.amax(-1, keepdim=True) > 0.5, True),
+        (CAUSAL, lambda s: s[..., 1:2] == -math.inf, True),
+    ],
+    ids=["greatest", "all", "another number", "one key"],
+)
+def test_a_guard_after_the_values_is_part_of_the_operator(
+    seen: Tensor, hides: Callable[[Tensor], Tensor], stays: bool
+) -> None:
+    """Where a query sees no key, the operator gives zero, too; any other condition stays, and so do its scores."""
+
+    def zeroed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        found = scores(q, k) + torch.where(seen, 0.0, -math.inf)
+        return torch.where(hides(found), 0.0, found.softmax(-1) @ v)
+
+    after, stats = rewritten(zeroed, Q, K, V)
+    assert stats.hits, stats.misses
+    assert any(is_op(n, aten.matmul) for n in after.graph.nodes) == stays
+
+
+@pytest.mark.parametrize(
     "greatest",
     [lambda s: s.amax(-2, keepdim=True), lambda s: s.max(-2, keepdim=True).values, lambda s: s.amax(-1)],
     ids=["of a key", "of a key, with its place", "without its axis"],
