@@ -17,6 +17,7 @@ from tests.zoo_files import from_our_file
 from tests.zoo_programs import SAMPLE, over_zoo, traced, zoo_parameters
 
 RAISED = (*SAMPLE, "mobilenet_v2", "gpt_neox", "gemma3", "olmoe", "gpt_oss", "mamba2", "plain_squeeze_excite")
+ATTENTION = "aten.scaled_dot_product_attention"
 QUICK = ("llama", "plain_shuffle", "plain_densenet")
 
 
@@ -46,6 +47,12 @@ def kinds(program: Program) -> Counter[tuple[str, int, bool]]:
     return Counter((group.unit, group.size, group.zeroable) for group in find_groups(program) if group.prunable)
 
 
+def products(program: Program) -> Counter[str]:
+    """How often each operator that multiplies tensors is there."""
+    targets = (str(node.target).rpartition(".")[0] for node in program.graph.nodes if node.op == "call_function")
+    return Counter(t for t in targets if t in ("aten.linear", "aten.matmul", "aten.conv2d", ATTENTION))
+
+
 @pytest.mark.parametrize("name", zoo_parameters((*SAMPLE, "mobilenet_v2", "gpt_neox"), quick=("llama", "mobilenet_v2")))
 def test_zoo_from_onnx(name: str) -> None:
     """A file has other operators and transposed weights; raised, its groups are those of the traced model."""
@@ -53,6 +60,7 @@ def test_zoo_from_onnx(name: str) -> None:
     for each in (program, imported):
         RaiseAll().run(each, Context())
     assert kinds(imported) == kinds(program)
+    assert products(imported) == products(program)  # nothing is left of a spelling that was raised
 
 
 @over_zoo(quick=QUICK)
