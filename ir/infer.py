@@ -6,6 +6,7 @@ the same operators on the same shapes, cost little more than one of them.
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -76,6 +77,9 @@ def infer(program: Program, node: fx.Node) -> Any:
         ) from error
 
 
+_MOST = 1 << 14  # results that clones of one program remember together: some 30 MiB
+
+
 class Inference:
     """`infer` with a memory for one program.
 
@@ -85,16 +89,25 @@ class Inference:
             the data-dependent sizes that were read from it.
         known: an inference over another program of the same fake mode and nested graphs, whose memory this one starts
             with.
+        common: a memory to read and write, of programs of the same fake mode whose nested graphs may differ.
 
     Attributes:
         runs: how often an operator was really run.
     """
 
-    def __init__(self, program: Program, *, share: bool = False, known: Inference | None = None) -> None:
+    def __init__(
+        self,
+        program: Program,
+        *,
+        share: bool = False,
+        known: Inference | None = None,
+        common: MutableMapping[Any, Any] | None = None,
+    ) -> None:
         self.program = program
         self.share = share
         self.runs = 0
-        self._known: dict[Any, Any] = dict(known._known) if known is not None else {}
+        self._common = common is not None
+        self._known = common if common is not None else dict(known._known) if known is not None else {}
         self._types: dict[int, tuple[Any, Any]] = {}  # by id of a value, which is kept alive beside its key
 
     def value(self, node: fx.Node) -> Any:
@@ -102,7 +115,7 @@ class Inference:
         try:
             key = (node.target, self._key(node.args), self._key(node.kwargs))
             known = self._known.get(key, self)
-        except TypeError:  # an argument that cannot be hashed
+        except TypeError:  # an argument that cannot be hashed, or is no type
             return self._run(node)
         if known is not self:
             return known if self.share else self._twin(known)
@@ -111,7 +124,9 @@ class Inference:
         for operand in node.all_input_nodes:
             given |= symbols_of(operand.meta.get("val"))
         if not any(is_unbacked(s) for s in symbols_of(value) - given):
-            self._known[key] = value
+            if len(self._known) >= _MOST and self._common:
+                self._known.clear()  # what a long search inferred first is not asked for again
+            self._known[key] = value if self.share else self._twin(value)
         return value
 
     def _twin(self, value: Any) -> Any:
@@ -131,6 +146,8 @@ class Inference:
     def _key(self, value: Any) -> Any:
         if isinstance(value, fx.Node):
             if value.op == "get_attr" and "val" not in value.meta:
+                if self._common:
+                    raise TypeError("a nested graph is not known by its name")
                 return ("graph", str(value.target))
             return self._type_key(value.meta.get("val"))
         if isinstance(value, dict):

@@ -175,6 +175,10 @@ class Program:
         self.tied: dict[str, str] = dict(tied or {})
         self.history: list[str] = list(history)
         self.metadata: dict[str, str] = dict(metadata or {})
+        # What operators make of which types, for this program and its clones (see `ir.infer.Inference`): what rewriters
+        # inferred, and what verification did, which must not assume anything new of the sizes.
+        self.inferred: dict[Any, Any] = {}
+        self.checked: dict[Any, Any] = {}
         # Every `Rewriter` of this program counts here and tells the listeners (pass name, kind of change, node).
         self.mutations = 0
         self.listeners: list[Callable[[str, str, fx.Node], None]] = []
@@ -305,7 +309,7 @@ class Program:
 
     def clone(self) -> Program:
         """A program with graphs of its own that shares weights and symbols."""
-        return Program(
+        copy = Program(
             {name: entry.copy() for name, entry in self.entries.items()},
             self.weights,
             subgraphs={name: copy_graph(graph) for name, graph in self.subgraphs.items()},
@@ -314,6 +318,8 @@ class Program:
             history=self.history,
             metadata=self.metadata,
         )
+        copy.inferred, copy.checked = self.inferred, self.checked
+        return copy
 
     def fingerprint(self) -> str:
         """A hash of the canonical text, and with it of the weights' contents.

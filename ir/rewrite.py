@@ -15,7 +15,7 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from .errors import GraphlatheError, VerifyError
-from .infer import fake_weight, infer
+from .infer import Inference, fake_weight, infer
 from .program import MADE_BY, ORIGIN, Entry, Program
 from .weights import Weight
 
@@ -42,6 +42,7 @@ class Rewriter:
             raise VerifyError(f"no graph '{entry}'", pass_name=made_by, expected=f"one of {', '.join(program.graphs)}")
         self.graph: fx.Graph = program.graphs[entry]
         self.mutations = 0
+        self._inference = Inference(program, common=program.inferred)
         self._weights: dict[str, fx.Node] | None = None
         self._foreign = 0  # mutations of the program by others, when the weights' nodes were looked up
 
@@ -90,7 +91,7 @@ class Rewriter:
         """
         node = self.graph.call_function(target, args, kwargs)
         try:
-            node.meta["val"] = like.meta["val"] if same_value and like is not None else infer(self.program, node)
+            node.meta["val"] = like.meta["val"] if same_value and like is not None else self._inference.value(node)
         except GraphlatheError:
             self.graph.erase_node(node)  # a refused attempt leaves nothing behind
             raise
@@ -216,7 +217,7 @@ class Rewriter:
         if target is not None:
             node.target = target
         try:
-            node.meta["val"] = infer(self.program, node)
+            node.meta["val"] = self._inference.value(node)
         except GraphlatheError:
             node.args, node.kwargs, node.target = old
             raise

@@ -308,7 +308,7 @@ def describe(value: Any) -> str:
 def _check_types(program: Program, pass_name: str | None) -> Inference:
     """Level 2: infer every value anew and compare its type. Returns what was inferred."""
     env = program.fake_mode.shape_env
-    inference = Inference(program, share=True)
+    inference = Inference(program, share=True, common=program.checked)
     names = {d.symbol: d.name for e in program.entries.values() for d in e.dims.by_name.values()}
     printer = TypePrinter(names)
     # Looking must not change what the program assumes: no new guards, no new data-dependent sizes.

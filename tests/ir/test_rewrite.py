@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from torch import fx
 
 from graphlathe.ir.errors import VerifyError
+from graphlathe.ir.infer import Inference
 from graphlathe.ir.program import MADE_BY, ORIGIN, Program
 from graphlathe.ir.rewrite import Rewriter, is_op
 from graphlathe.ir.text import parse_program, print_program
@@ -76,6 +77,47 @@ def test_call_takes_nested_graphs(program: Program) -> None:
     assert [tuple(map(str, v.shape)) for v in again.meta["val"]] == [tuple(map(str, v.shape)) for v in cond.meta["val"]]
     rewriter.replace(cond, again)
     verify(program, 2)
+
+
+def test_clones_infer_once(program: Program) -> None:
+    """What was inferred in one clone is known in the others, as a value of its own; it is what inference gives."""
+    results: list[torch.Tensor] = []
+    for each in (program, program.clone()):
+        rewriter, relu = Rewriter(each, "test"), op(each, aten.relu.default)
+        with rewriter.after(relu):
+            results.append(rewriter.call(aten.transpose.int, relu, 0, 1).meta["val"])
+    first, second = results
+    assert first is not second
+    assert (first.shape, first.stride(), first.dtype) == (second.shape, second.stride(), second.dtype)
+    inference = Inference(program, common=program.inferred)
+    assert inference.value(op(program, aten.transpose.int)).shape == first.shape
+    assert inference.runs == 0
+    assert Inference(program).value(op(program, aten.transpose.int)).shape == first.shape
+
+
+def test_clones_do_not_take_their_nested_graphs_for_each_others(program: Program) -> None:
+    clone = program.clone()
+    for name in ("yes", "no"):
+        rewriter = Rewriter(clone, "test", name)
+        output = next(iter(clone.graphs[name].find_nodes(op="output")))
+        with rewriter.before(output):
+            twice = rewriter.call(aten.cat.default, [output.args[0][0]] * 2, 1)
+        output.args = ((twice,),)
+    for each, width in ((program, 4), (clone, 8), (program, 4)):
+        rewriter, cond = Rewriter(each, "test"), op(each, torch.ops.higher_order.cond)
+        with rewriter.after(cond):
+            again = rewriter.call(cond.target, *cond.args)
+        assert again.meta["val"][0].shape[1] == width
+
+
+def test_what_is_remembered_is_bounded(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graphlathe.ir.infer._MOST", 3)
+    rewriter, relu = Rewriter(program, "test"), op(program, aten.relu.default)
+    for width in (4, 2, 1, 4, 2, 1):
+        with rewriter.after(relu):
+            view = rewriter.call(aten.view.default, relu, [-1, width])
+        assert view.meta["val"].shape[1] == width
+        assert len(program.inferred) <= 3
 
 
 def test_a_refused_call_leaves_nothing_behind(program: Program) -> None:
