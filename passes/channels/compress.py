@@ -64,6 +64,13 @@ class Compress(WidthPass):
     measure: bool = option(False, help="judge levels by what each alone does to the outputs, not by scores")
     generations: int = option(50, ge=0, help="evolution: generations at most")
     offspring: int = option(16, ge=1, help="evolution: new candidates per generation")
+    small: int = option(1, ge=1, help="evolution: calibration batches that candidates are first judged on")
+    large: int | None = option(
+        None, ge=1, help="evolution: calibration batches that survivors are judged on; none: all"
+    )
+    finalists: int = option(
+        3, ge=1, help="evolution: states that led the search, the best of which on all the data is taken"
+    )
     seed: int = option(0, ge=0, help="evolution: equal seeds give equal searches")
 
     def __post_init__(self) -> None:
@@ -98,7 +105,7 @@ class Compress(WidthPass):
         """Find and score the sites, choose, cut and compensate."""
         recipe = self.recipe()
         table = table_of(program, recipe, ctx)
-        if self.allocator not in ("uniform", "evolution") and self.ratio != 0:
+        if self.allocator != "uniform" and self.ratio != 0:
             table = measured(program, table, ctx, every=self.measure)
         search = self._search(program, ctx) if self.allocator == "evolution" else None
         return compress(program, recipe, ctx, self.to_text(), name=self.name, table=table, allocator=search)
@@ -110,10 +117,12 @@ class Compress(WidthPass):
             levels = table.levels()
             if limit >= table.total:
                 return levels.untouched, None
-            stages = two_stages(len(batches), survivors=3)
+            stages = two_stages(len(batches), survivors=3, small=self.small, large=self.large)
             settings = Settings(generations=self.generations, offspring=self.offspring, stages=stages, seed=self.seed)
             seeds = cheap_states(levels, limit)
-            outcome, history = search(program, table.places, levels, limit, batches, ctx, settings, seeds)
+            outcome, history = search(
+                program, table.places, levels, limit, batches, ctx, settings, seeds, self.finalists
+            )
             return outcome.state, history
 
         return choose

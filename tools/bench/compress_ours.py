@@ -33,6 +33,7 @@ _DISTILL = {
 _HALVED = "steps=600 learning_rate=0.001 batches_per_step=8"
 """The training of an encoder that loses half of its blocks' parameters."""
 _SEARCH = "generations=40 offspring=8 survivors=2 small=2 large=12 finalists=4 patience=20"
+_TYR = "generations=16 offspring=8 small=$small large=$large"
 _EVOPRESS = f"canonicalize,evopress{{target=$params rank=$rank {_SEARCH}}}"
 
 
@@ -103,7 +104,7 @@ OURS: dict[str, tuple[Method, ...]] = {
         *_distilled(_LEAST_SQUARES, main=True),
         _FLUCTUATION,
         *_distilled(_FLUCTUATION, main=True),
-        ours("Tyr", "canonicalize,tyr{sites=mlp target=$params generations=16 offspring=8 iterations=2 large=6}"),
+        ours("Tyr", f"canonicalize,tyr{{sites=mlp target=$params iterations=2 {_TYR}}}"),
         _ZEROS,
     ),
     "compress-heads": (
@@ -111,7 +112,9 @@ OURS: dict[str, tuple[Method, ...]] = {
         _HEADS,
         *_distilled(_HEADS),
         ours(
-            "Tyr", "canonicalize,tyr{sites=heads target=$params generations=16 offspring=8 large=6}", levels=(GROUPS,)
+            "Tyr",
+            f"canonicalize,tyr{{sites=heads target=$params {_TYR}}}",
+            levels=(GROUPS,),
         ),
         ours("FLAP, query heads", "canonicalize,flap{sites=query-heads target=$params}", levels=(QUERIES,)),
         ours("measured levels, query heads", f"canonicalize,{_MEASURED.format('query-heads')}", levels=(QUERIES,)),
@@ -123,7 +126,7 @@ OURS: dict[str, tuple[Method, ...]] = {
         ours(
             "evolution, branches and widths",
             f"canonicalize,compress{{sites={_EVERYTHING} target=$params allocator=evolution"
-            " score=optimal-compensation steps=8 generations=40 offspring=12}",
+            " score=optimal-compensation steps=8 generations=40 offspring=12 small=$small large=$large}",
             levels=(BY_PARAMETERS,),
         ),
         _ANYTHING,
@@ -167,8 +170,7 @@ OURS: dict[str, tuple[Method, ...]] = {
         *_distilled(_CHANNELS),
         ours(
             "Tyr",
-            "canonicalize,fold-batchnorm,tyr{sites=channels target=$params multiple=16 generations=16 offspring=8"
-            " iterations=2 large=6}",
+            f"canonicalize,fold-batchnorm,tyr{{sites=channels target=$params multiple=16 iterations=2 {_TYR}}}",
         ),
     ),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -152,19 +153,46 @@ def test_least_squares_is_the_solution_of_the_eager_model() -> None:
     torch.testing.assert_close(after.weights["blocks.0.down.bias"].tensor(), bias + shift, rtol=0, atol=1e-9)
 
 
-def test_branches_and_channels_share_a_budget() -> None:
+@pytest.mark.parametrize("allocator", ["knapsack", "evolution"])
+def test_branches_and_channels_share_a_budget(allocator: str) -> None:
     """A branch that does nothing goes whole: dropping it costs nothing, whatever its channels score."""
     model = stack(Attention(2, 2), Mlp(8), Attention(2, 2), Mlp(8), seed=3)
     with torch.no_grad():
         model.blocks[2].o.weight.zero_()  # type: ignore[union-attr,operator]
         model.blocks[2].o.bias.zero_()  # type: ignore[union-attr,operator]
     program = program_of(model)
-    settings = Compress(sites=("heads", "mlp", "drop-attention"), ratio=0.2, allocator="knapsack", compensation="none")
+    # A search of no generation is what the cheap allocators make of the levels, which were tried.
+    options: dict[str, Any] = {"allocator": allocator, "compensation": "none", "generations": 0}
+    settings = Compress(sites=("heads", "mlp", "drop-attention"), ratio=0.2, **options)
     after, stats = run(program, settings, data())
     assert [(s["kind"], s["index"]) for s in stats.plan["sites"] if s["kind"] == "drop-attention" and s["removed"]] == [
         ("drop-attention", 1)
     ]
     assert "blocks.2.o.weight" not in after.used_weights()
+
+
+def test_measured_levels_are_where_a_search_starts() -> None:
+    """Scores take neurons that stand out; tried alone, those that nothing reads go first."""
+    model = stack(Mlp(8), Mlp(8), seed=3)
+    with torch.no_grad():
+        model.blocks[0].up.weight.mul_(10)  # type: ignore[union-attr,operator]
+        model.blocks[0].down.weight.zero_()  # type: ignore[union-attr,operator]
+    program = program_of(model)
+    settings = Compress(sites=("mlp",), ratio=0.5, score="activation", allocator="evolution", **QUICK)
+    removes = []
+    for measure in (False, True):
+        given = replace(settings, measure=measure, compensation="none", generations=0)
+        removes.append([len(gone) for gone in removed(run(program, given, data(6))[1])])
+    assert removes[1][0] > removes[1][1] and removes[0] != removes[1]
+
+
+def test_a_search_judges_on_as_much_as_it_is_told() -> None:
+    """The candidates that survive a generation on so many batches, the states that led it on all."""
+    program = program_of(stack(Mlp(8), Mlp(8), Mlp(8)))
+    settings = Compress(ratio=0.3, allocator="evolution", small=1, large=2, finalists=2, **QUICK)
+    _, stats = run(program, settings, data(6))
+    everything = run(program, replace(settings, large=None, finalists=1), data(6))[1]
+    assert stats.plan["search"]["tokens"] < everything.plan["search"]["tokens"]
 
 
 @pytest.mark.parametrize("unit", ["params", "bytes", "macs"])
