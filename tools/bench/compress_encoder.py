@@ -30,7 +30,6 @@ class Encoder(Subject):
         "input_ids": {0: "B", 1: "S"},
         "attention_mask": {0: "B", 1: "S"},
     }
-    judging: ClassVar[dict[str, int]] = {"small": 4, "large": 24}
 
     def load_module(self) -> torch.nn.Module:
         """The encoder without the pooler, which sentence embeddings do not use."""

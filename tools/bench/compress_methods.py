@@ -2,8 +2,7 @@
 
 A method is a label, who made it, and a step: a function ``module:name`` that gets the case, a level and a file to
 write, in a process of its own, and answers with what the search cost. Our methods (`compress_ours`) are pipeline
-strings in which ``$ratio``, ``$count``, ``$params``, ``$macs`` and ``$ms`` stand for the level's numbers, ``$small``
-and ``$large`` for the subject's (`Subject.judging`).
+strings in which ``$ratio``, ``$count``, ``$params``, ``$macs`` and ``$ms`` stand for the level's numbers.
 """
 
 from __future__ import annotations
@@ -137,9 +136,8 @@ def run_pipeline(
     module = subject.module()
     batches = subject.training() if trains else subject.calibration()
     program = subject.program(module)
-    numbers = {**level, **subject.judging}
-    text = fill(pipeline, {**numbers, "rank": rank})
-    own, plain = _Kept(chosen, text), _Kept(chosen, fill(pipeline, {**numbers, "rank": 0}))
+    text = fill(pipeline, {**level, "rank": rank})
+    own, plain = _Kept(chosen, text), _Kept(chosen, fill(pipeline, {**level, "rank": 0}))
     source = next((kept for kept in (own, plain) if kept.exists), None)
     steps = text if source is None else source.pipeline(rank)
     with Search(subject, module) as search:

@@ -32,8 +32,9 @@ _DISTILL = {
 """Short training by subject: windows and images are one batch each, an encoder's are single paragraphs."""
 _HALVED = "steps=600 learning_rate=0.001 batches_per_step=8"
 """The training of an encoder that loses half of its blocks' parameters."""
+_JUDGED = {(*_LANGUAGE, *_PHOTOS): "large=6", _ENCODER: "small=4 large=24"}
+"""Batches that searches judge few candidates on; an encoder's are paragraphs, of which one says little."""
 _SEARCH = "generations=40 offspring=8 survivors=2 small=2 large=12 finalists=4 patience=20"
-_TYR = "generations=16 offspring=8 small=$small large=$large"
 _EVOPRESS = f"canonicalize,evopress{{target=$params rank=$rank {_SEARCH}}}"
 
 
@@ -46,6 +47,13 @@ def _distilled(plain: Method, *, main: bool = False) -> tuple[Method, ...]:
             more: dict[str, Any] = {"restores": plain.label, "trained": True, "models": models, "main": main}
             found.append(replace(plain, label=label, arguments=arguments, **more))
     return tuple(found)
+
+
+def _judged(label: str, pipeline: str, **more: Any) -> tuple[Method, ...]:
+    """A search that is told on how much to judge candidates: ``$judged`` of the pipeline, by subject."""
+    return tuple(
+        ours(label, pipeline.replace("$judged", text), models=models, **more) for models, text in _JUDGED.items()
+    )
 
 
 def _with_rank(plain: Method, rank: int) -> Method:
@@ -79,6 +87,12 @@ _ZEROS = ours(
     models=_LANGUAGE,
     sparse=True,
 )
+_ZEROS_BY_WANDA = ours(
+    "EvoPress, sparsity by Wanda",
+    "canonicalize,evopress{mode=sparsity method=wanda target=$params levels=8 generations=30 offspring=8 large=6}",
+    models=_LANGUAGE,
+    sparse=True,
+)
 _CHANNELS = ours(
     "optimal compensation, least squares",
     "canonicalize,fold-batchnorm,compress{sites=channels target=$params score=optimal-compensation multiple=16}",
@@ -104,16 +118,17 @@ OURS: dict[str, tuple[Method, ...]] = {
         *_distilled(_LEAST_SQUARES, main=True),
         _FLUCTUATION,
         *_distilled(_FLUCTUATION, main=True),
-        ours("Tyr", f"canonicalize,tyr{{sites=mlp target=$params iterations=2 {_TYR}}}"),
+        *_judged("Tyr", "canonicalize,tyr{sites=mlp target=$params generations=16 offspring=8 iterations=2 $judged}"),
         _ZEROS,
+        _ZEROS_BY_WANDA,
     ),
     "compress-heads": (
         ours("FLAP", "canonicalize,flap{sites=heads target=$params}", levels=(GROUPS,)),
         _HEADS,
         *_distilled(_HEADS),
-        ours(
+        *_judged(
             "Tyr",
-            f"canonicalize,tyr{{sites=heads target=$params {_TYR}}}",
+            "canonicalize,tyr{sites=heads target=$params generations=16 offspring=8 $judged}",
             levels=(GROUPS,),
         ),
         ours("FLAP, query heads", "canonicalize,flap{sites=query-heads target=$params}", levels=(QUERIES,)),
@@ -123,10 +138,10 @@ OURS: dict[str, tuple[Method, ...]] = {
     "compress-combined": (
         _BRANCHES,
         *_distilled(_BRANCHES),
-        ours(
+        *_judged(
             "evolution, branches and widths",
             f"canonicalize,compress{{sites={_EVERYTHING} target=$params allocator=evolution"
-            " score=optimal-compensation steps=8 generations=40 offspring=12 small=$small large=$large}",
+            " score=optimal-compensation steps=8 generations=40 offspring=12 $judged}",
             levels=(BY_PARAMETERS,),
         ),
         _ANYTHING,
@@ -168,9 +183,10 @@ OURS: dict[str, tuple[Method, ...]] = {
         ),
         _CHANNELS,
         *_distilled(_CHANNELS),
-        ours(
+        *_judged(
             "Tyr",
-            f"canonicalize,fold-batchnorm,tyr{{sites=channels target=$params multiple=16 iterations=2 {_TYR}}}",
+            "canonicalize,fold-batchnorm,tyr{sites=channels target=$params multiple=16 generations=16 offspring=8"
+            " iterations=2 $judged}",
         ),
     ),
 }

@@ -98,8 +98,6 @@ class Subject(ABC):
 
     scores: ClassVar[tuple[Score, ...]]
     dynamic: ClassVar[dict[str, dict[int, str]]]
-    judging: ClassVar[dict[str, int]] = {"small": 1, "large": 6}
-    """On how many batches searches judge many candidates, and few; an encoder's are single paragraphs."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
