@@ -192,6 +192,13 @@ def position_mask(batch: Mapping[str, Any], shape: Sequence[int], *, inside: boo
     return mask if isinstance(mask, torch.Tensor) and mask.shape == torch.Size(shape) else None
 
 
+def counts(batch: Mapping[str, Any]) -> bool:
+    """Whether any position of a batch counts: a mask may hide them all."""
+    two = any(name.startswith("decoder_") for name in batch)
+    mask = batch.get(f"decoder_{_MASK}" if two else _MASK)
+    return not isinstance(mask, torch.Tensor) or bool(mask.any())
+
+
 def seeded(run: Callable[[], Any]) -> Any:
     """Run with fixed random numbers, so that a model that draws some answers the same twice; the caller's stay."""
     # Seeding through `torch.manual_seed` would reach every device, forked or not.

@@ -19,6 +19,7 @@ from ..ir.errors import GraphlatheError, InputError, PreconditionError
 from ..ir.program import Program
 from .base import Batch, Context, Effect, Pass, Prop, Stats
 from .contract import Contract
+from .fidelity import counts
 from .instruments import Event, Instrument
 from .pipeline import Pipeline, Repeat, parse_pipeline
 from .progress import Progress, progress_for
@@ -231,6 +232,13 @@ class _Run:
         if Prop.CALIBRATION in pass_.needs and not self.context.calibration:
             raise PreconditionError(
                 "it needs calibration data", pass_name=pass_.name, remedy="pass calibration= (or --calibration FILE)"
+            )
+        data = self.context.calibration
+        if data and pass_.effect is Effect.APPROXIMATE and not any(map(counts, data)):
+            raise PreconditionError(
+                "no position of the calibration data counts",
+                pass_name=pass_.name,
+                remedy="check the attention_mask of the calibration data",
             )
 
     def _verify(self, pass_: Pass, row: Row) -> None:

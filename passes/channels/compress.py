@@ -60,7 +60,7 @@ class Compress(WidthPass):
     rank: int = option(0, ge=0, help="rank of a map, fitted in closed form, in the place of what is dropped; 0: none")
     floor: float = option(0.0, ge=0, lt=1, help="share of every site that stays at least")
     multiple: int = option(1, ge=1, help="channels that stay of a cut site are a multiple of this")
-    steps: int | None = option(None, ge=1, help="levels per site; none: every number of channels")
+    steps: int | None = option(None, ge=1, help="levels per site; none: every number of channels, or 16 in ms")
     measure: bool = option(False, help="judge levels by what each alone does to the outputs, not by scores")
     generations: int = option(50, ge=0, help="evolution: generations at most")
     offspring: int = option(16, ge=1, help="evolution: new candidates per generation")

@@ -256,7 +256,9 @@ def _rounds(cuts: Sequence[Cut]) -> list[list[Cut]]:
 
 def _again(program: Program, cuts: Sequence[Cut], uncut: Uncut, ctx: Context, made_by: str) -> list[Cut]:
     """The same sites in the program as it is now."""
-    sites = channel_sites(program, ctx.structure(program), {site.kind for site, _ in cuts})[0]
+    kinds = {site.kind for site, _ in cuts}
+    # Where one key and value head is left, the query heads of every group are the heads.
+    sites = channel_sites(program, ctx.structure(program), kinds | {"heads"} if "query-heads" in kinds else kinds)[0]
     known = {uncut.now(site): site for site in sites}
     found: list[Cut] = []
     for site, removed in cuts:

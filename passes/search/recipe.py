@@ -27,7 +27,7 @@ from .place_table import Table
 from .plan import Decision, Plan
 from .scores import CHANNEL_SCORES
 from .sites import KINDS, ChannelSite, channel_sites
-from .timed import timed
+from .timed import TIMED_LEVELS, timed
 from .widths import about_widths, branch_of, drop_places, width_place
 
 ALLOCATORS = ("uniform", "global-threshold", "greedy", "knapsack", "evolution")
@@ -45,7 +45,7 @@ class Recipe:
         unit: what the budget counts, see `budget`.
         ratio: the share of what the sites cost that goes; or
         target: what the whole program may cost.
-        steps: levels per channel site; None: every number of atoms.
+        steps: levels per channel site; None: every number of atoms, or as many as can be timed.
         floor: the share of the atoms of a site that stays at least.
         multiple: the channels that stay of a cut site are a multiple of this.
         standardize: whether scores are standardised per site before sites are compared.
@@ -98,7 +98,7 @@ def table_of(program: Program, recipe: Recipe, ctx: Context) -> Table:
             site,
             checked[site.index],
             meter,
-            steps=recipe.steps,
+            steps=recipe.steps or (TIMED_LEVELS if recipe.unit == "ms" else None),
             floor=recipe.floor,
             multiple=recipe.multiple,
             weighted=recipe.per_saving,
@@ -188,10 +188,11 @@ def out_of_reach(
 ) -> PreconditionError:
     """The error for a budget that cannot be met; ``remedy`` is what else to do than raise it."""
     blocked = "; ".join(f"{reason} ({count}x)" for reason, count in list(table.blocked.items())[:3])
+    asked, least = (f"{x:.3g}" if unit == "ms" else f"{math.ceil(x):,}" for x in (limit, smallest))
     return PreconditionError(
-        f"the budget of {limit:,.0f} {unit} is out of reach: {smallest:,.0f} is the smallest"
+        f"the budget of {asked} {unit} is out of reach: {least} is the smallest"
         + (f"; blocked elsewhere by: {blocked}" if blocked else ""),
-        expected=f"at least {math.ceil(smallest):,}",
+        expected=f"at least {least}",
         remedy=f"raise the budget, or {remedy}",
     )
 

@@ -50,6 +50,6 @@ class Uncut:
     def _key(self, site: ChannelSite, atoms: Any) -> Key:
         known = [member for member in site.group.members if member.weight in self._shapes]
         return frozenset(
-            (site.kind, member.weight, member.dim, tuple(tuple(sorted(atom.tolist())) for atom in atoms(member)))
+            (member.weight, member.dim, tuple(tuple(sorted(atom.tolist())) for atom in atoms(member)))
             for member in known
         )

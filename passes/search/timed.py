@@ -23,6 +23,9 @@ from .plan import Decision, Plan
 MOST_LEVELS = 32
 """More levels of one class than this take too long to measure."""
 
+TIMED_LEVELS = 16
+"""Levels of a class where nobody says how many."""
+
 _Key = tuple[str, str, int]
 
 
@@ -53,7 +56,7 @@ def timed(program: Program, table: Table, ctx: Context) -> Table:
             raise PreconditionError(
                 f"{len(levels) - 1} levels of {members[0].label} would have to be measured",
                 expected=f"at most {MOST_LEVELS}",
-                remedy="set steps=8, for example, or a larger multiple=",
+                remedy="leave out steps, or set steps=8, for example",
             )
         for number in range(1, len(levels)):
             key = kind, f"{shape}: {levels[number].label}", number

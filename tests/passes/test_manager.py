@@ -19,6 +19,7 @@ from graphlathe.passes.base import Batch, Context, Effect, Pass, Stats
 from graphlathe.passes.canonical.canonicalize import Canonicalize
 from graphlathe.passes.manager import PassManager
 from graphlathe.passes.report import Report
+from graphlathe.tools import zoo
 from tests.passes.example_passes import (
     AddOutput,
     Approximate,
@@ -30,6 +31,7 @@ from tests.passes.example_passes import (
     NeedsCanonical,
     NeedsData,
 )
+from tests.zoo_programs import traced
 
 
 class Net(nn.Module):
@@ -205,6 +207,15 @@ def test_a_budget_that_cannot_be_checked_is_an_error(program: Program) -> None:
         run(program, Approximate(), budget={"relativ": 1.0})
     with pytest.raises(InputError, match="at least 0"):
         run(program, Approximate(), budget={"kl": -1.0})
+
+
+@pytest.mark.parametrize("text", ["shortgpt{blocks=1}", "shrp{share=0.5}", "distill{steps=1}", "evopress{ratio=0.3}"])
+def test_data_of_which_nothing_counts_is_refused(text: str) -> None:
+    model, program = zoo.get("bert"), traced("bert")
+    batch = dict(program.feeds(**model.example()))
+    batch["attention_mask"] = torch.zeros_like(batch["attention_mask"])
+    with pytest.raises(PreconditionError, match="no position of the calibration data counts"):
+        PassManager(f"canonicalize,{text}", calibration=[batch, batch]).run(program)
 
 
 def test_needs_are_met_or_named(program: Program) -> None:

@@ -195,6 +195,17 @@ def test_a_search_judges_on_as_much_as_it_is_told() -> None:
     assert stats.plan["search"]["tokens"] < everything.plan["search"]["tokens"]
 
 
+@pytest.mark.parametrize("groups", [2, 4])
+def test_query_heads_are_cut_after_groups_of_heads(groups: int) -> None:
+    """Also where one group is left, whose query heads are plain heads then."""
+    program = program_of(stack(Attention(8, groups), Mlp(8), Attention(8, groups)))
+    settings = Compress(sites=("heads", "query-heads"), ratio=0.6, floor=0.01, score="magnitude", compensation="none")
+    after, stats = run(program, settings, data())
+    kinds = {s["kind"] for s in stats.plan["sites"] if s["removed"]}
+    assert kinds == {"heads", "query-heads"}
+    assert after.parameter_count < program.parameter_count
+
+
 @pytest.mark.parametrize("unit", ["params", "bytes", "macs"])
 @pytest.mark.xdist_group("llama")
 def test_budgets_count_what_they_say(unit: str) -> None:

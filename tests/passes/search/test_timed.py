@@ -95,6 +95,24 @@ def test_levels_that_make_it_slower_are_never_chosen(monkeypatch: pytest.MonkeyP
         compress(traced("llama").clone(), replace(RECIPE, ratio=None, target=1.0), context("llama"), "t", name="t")
 
 
+def test_an_unreachable_budget_names_milliseconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fractions of them: a small model takes less than one."""
+    monkeypatch.setattr(module, "ms_table", Clock())
+    with pytest.raises(
+        PreconditionError, match=r"budget of 0\.001 ms is out of reach: [\d.]*[1-9][\d.e+]* is"
+    ) as found:
+        compress(traced("llama").clone(), replace(RECIPE, ratio=None, target=0.001), context("llama"), "t", name="t")
+    assert float(str(found.value.expected).removeprefix("at least ")) > 0.001
+
+
+def test_as_many_levels_as_can_be_timed_where_nobody_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(module, "ms_table", clock)
+    table = table_of(traced("llama"), replace(RECIPE, kinds=("mlp",), steps=None), context("llama"))
+    assert {len(place.levels) - 1 for place in table.places} == {module.TIMED_LEVELS}
+    assert clock.calls
+
+
 def test_savings_beyond_the_whole_are_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "ms_table", Clock(slower=-1e3))
     table = table_of(traced("llama"), RECIPE, context("llama"))
@@ -105,8 +123,8 @@ def test_savings_beyond_the_whole_are_scaled(monkeypatch: pytest.MonkeyPatch) ->
 def test_what_cannot_be_measured() -> None:
     with pytest.raises(PreconditionError, match="measured on calibration data"):
         table_of(traced("llama"), RECIPE, Context())
-    with pytest.raises(PreconditionError, match="set steps=8"):
-        table_of(traced("llama"), replace(RECIPE, steps=None), context("llama"))
+    with pytest.raises(PreconditionError, match=r"33 levels of .* would have to be measured"):
+        table_of(traced("llama"), replace(RECIPE, steps=module.MOST_LEVELS + 1), context("llama"))
 
 
 class Sessions:
