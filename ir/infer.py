@@ -77,7 +77,7 @@ def infer(program: Program, node: fx.Node) -> Any:
         ) from error
 
 
-_MOST = 1 << 14  # results that clones of one program remember together: some 30 MiB
+_MOST = 1 << 14  # results that clones of one program remember together, so that a long search does not fill the memory
 
 
 class Inference:

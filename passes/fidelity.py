@@ -187,16 +187,24 @@ def position_mask(batch: Mapping[str, Any], shape: Sequence[int], *, inside: boo
         shape: of the value without its last dimension.
         inside: whether the value is one inside the model, rather than an output.
     """
-    two = any(name.startswith("decoder_") for name in batch)
-    mask = None if two and inside else batch.get(f"decoder_{_MASK}" if two else _MASK)
-    return mask if isinstance(mask, torch.Tensor) and mask.shape == torch.Size(shape) else None
+    mask = None if inside and _has_decoder(batch) else _output_mask(batch)
+    return mask if mask is not None and mask.shape == torch.Size(shape) else None
 
 
 def counts(batch: Mapping[str, Any]) -> bool:
-    """Whether any position of a batch counts: a mask may hide them all."""
-    two = any(name.startswith("decoder_") for name in batch)
-    mask = batch.get(f"decoder_{_MASK}" if two else _MASK)
-    return not isinstance(mask, torch.Tensor) or bool(mask.any())
+    """Whether any position of a batch's outputs counts: a mask may hide them all."""
+    mask = _output_mask(batch)
+    return mask is None or bool(mask.any())
+
+
+def _output_mask(batch: Mapping[str, Any]) -> torch.Tensor | None:
+    """The mask of the positions of the outputs, [batch, tokens]; None where there is none."""
+    mask = batch.get(f"decoder_{_MASK}" if _has_decoder(batch) else _MASK)
+    return mask if isinstance(mask, torch.Tensor) else None
+
+
+def _has_decoder(batch: Mapping[str, Any]) -> bool:
+    return any(name.startswith("decoder_") for name in batch)
 
 
 def seeded(run: Callable[[], Any]) -> Any:

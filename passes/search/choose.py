@@ -133,6 +133,7 @@ def _plan(
     added = table.meter.biases(sites) if recipe.compensation != "none" and not table.added_up else 0
     best: tuple[Plan, float] | None = None
     aim, cost, known = max(limit - added, low), high, dict[tuple[Decision, ...], float]()
+    push = 1.02
     for left in reversed(range(_TRIES)):
         plan, estimate = _choice(program, table, recipe, aim, made_by, allocator)
         if plan.decisions not in known:
@@ -148,8 +149,10 @@ def _plan(
             high = aim
             if aim <= low:
                 break
-        # As much further as the plan was off, but inside what is known to be too much and too little.
-        step = aim - (cost - limit) * (1.02 if cost > limit else 0.98)
+        # As much further as the plan was off, but inside what is known to be too much and too little. Sites that
+        # overlap save less together than apart: what was not enough is not enough again, so twice as far every time.
+        step = aim - (cost - limit) * (push if cost > limit else 0.98)
+        push = 2 * push if cost > limit else push
         aim = step if low < step < high else (low + high) / 2
         if best is not None and high - low <= wide / 8:
             break

@@ -4,6 +4,7 @@ The sites are walked in graph order. At each, two flows are compared on the cali
 the unchanged model, ``x``, and what it reads now that everything before it is changed, ``z``. The columns that stay are
 chosen for ``z`` so that the output is that of the unchanged layer on ``x``: errors of earlier layers are corrected
 instead of being passed on (the accumulation of expected errors of Tyr; GPTQ-style methods fit ``z`` to itself).
+Consumers of one site that lie behind one another (those of a stream) are fitted one after the other, too.
 With ``sequential`` off both are the unchanged flow, as in FLAP. In fits by least squares, positions count as much as
 the norm after the consumer lets through (`norm_metric`). How much a fit is damped is chosen by what it does on data
 that it did not see (`sample_sums.chosen_damping`).
@@ -153,32 +154,52 @@ def refit(
     alive = needed(program.graph, (), alias)
     dense = [Walk(program, found, batch) for batch in ctx.calibration]
     now = [Walk(program, found, batch, alias) for batch in ctx.calibration]
-    for site, _ in ctx.progress(cuts, len(cuts), f"compensation: {method}"):
+    position = {node: i for i, node in enumerate(program.graph.nodes)}
+    firsts = [*(site.first for site, _ in cuts), len(position)]
+    for index, (site, _) in enumerate(ctx.progress(cuts, len(cuts), f"compensation: {method}")):
         work = [c for c in site.consumers if c.node in alive and _usable(program, site, c, how, result)]
-        if not work:
-            continue
-        samples = {consumer: Samples() for consumer in work}
-        operands = {consumer.operand for consumer in work}
-        streams = {c: norms.after(c.node) if norms is not None else None for c in work}
-        both = operands | {stream for stream in streams.values() if stream is not None}
-        for number, (batch, before, after) in enumerate(zip(ctx.calibration, dense, now, strict=True)):
-            x = before.values(both, {}, site.first)
-            z = after.values(operands, combined(program, (masked, result.weights)), site.first) if sequential else x
-            for consumer in work:
-                rows = (
-                    counted_rows(consumer, batch, z[consumer.operand]),
-                    counted_rows(consumer, batch, x[consumer.operand]),
-                )
-                stream = streams[consumer]
-                weights = None if stream is None else position_weights(counted_positions(batch, x[stream]))
-                if weights is not None and len(weights) != len(rows[0]):
-                    weights = None  # its rows are others than the positions of the stream
-                samples[consumer].add(number, len(dense), *rows, how.products, weights)
-        for consumer in work:
-            _fit(program, site, kept[consumer.node], consumer, samples[consumer], how, result)
+        for run in _runs(program, work) if sequential else [work] if work else []:
+            samples = {consumer: Samples() for consumer in run}
+            operands = {consumer.operand for consumer in run}
+            streams = {c: norms.after(c.node) if norms is not None else None for c in run}
+            both = operands | {stream for stream in streams.values() if stream is not None}
+            # What comes before these consumers does not change any more, unless a later site does it.
+            settled = max(site.first, min(firsts[index + 1], *(position[c.node] for c in run)))
+            for number, (batch, before, after) in enumerate(zip(ctx.calibration, dense, now, strict=True)):
+                x = before.values(both, {}, settled)
+                z = after.values(operands, combined(program, (masked, result.weights)), settled) if sequential else x
+                for consumer in run:
+                    rows = (
+                        counted_rows(consumer, batch, z[consumer.operand]),
+                        counted_rows(consumer, batch, x[consumer.operand]),
+                    )
+                    stream = streams[consumer]
+                    weights = None if stream is None else position_weights(counted_positions(batch, x[stream]))
+                    if weights is not None and len(weights) != len(rows[0]):
+                        weights = None  # its rows are others than the positions of the stream
+                    samples[consumer].add(number, len(dense), *rows, how.products, weights)
+            for consumer in run:
+                _fit(program, site, kept[consumer.node], consumer, samples[consumer], how, result)
     for name, weight in masked.items():
         result.weights.setdefault(name, weight)
     return result
+
+
+def _runs(program: Program, consumers: Sequence[Consumer]) -> list[list[Consumer]]:
+    """Consumers in the order of the graph, in runs in which none reads what another one of its run changes."""
+    by_node = {consumer.node: consumer for consumer in consumers}
+    runs: list[list[Consumer]] = []
+    behind: set[fx.Node] = set()  # what the last run changes
+    for node in program.graph.nodes:
+        consumer = by_node.get(node)
+        if consumer is not None and (not runs or consumer.operand in behind):
+            runs.append([])
+            behind = set()
+        if consumer is not None:
+            runs[-1].append(consumer)
+        if consumer is not None or not behind.isdisjoint(node.all_input_nodes):
+            behind.add(node)
+    return runs
 
 
 def _kept_columns(cuts: Sequence[Cut]) -> dict[fx.Node, torch.Tensor]:

@@ -25,6 +25,8 @@ from graphlathe.passes.layers.evopress import EvoPress
 from graphlathe.passes.manager import PassManager
 from graphlathe.passes.pipeline import parse_pipeline
 from graphlathe.passes.search.apply import COMPENSATIONS
+from graphlathe.passes.search.place_table import Table
+from graphlathe.passes.search.plan import Plan
 from graphlathe.passes.search.recipe import ALLOCATORS, table_of
 from graphlathe.passes.search.scores import CHANNEL_SCORES
 from graphlathe.passes.search.widths import at_multiples
@@ -193,6 +195,25 @@ def test_a_search_judges_on_as_much_as_it_is_told() -> None:
     _, stats = run(program, settings, data(6))
     everything = run(program, replace(settings, large=None, finalists=1), data(6))[1]
     assert stats.plan["search"]["tokens"] < everything.plan["search"]["tokens"]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.7, 1.0])
+def test_a_budget_is_used_up_where_sites_save_less_together_than_apart(
+    share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sites that overlap count what they share twice: the first guess is far off, and is not given up for the least."""
+    program = program_of(stack(Mlp(200), Mlp(200)))
+
+    def cost(_: Program, table: Table, plan: Plan, *unused: Any) -> float:
+        each = table.whole / sum(decision.units for decision in plan.decisions)
+        return table.total - share * each * sum(len(decision.removed) for decision in plan.decisions)
+
+    monkeypatch.setattr("graphlathe.passes.search.choose._cost", cost)
+    settings = Compress(sites=("mlp",), ratio=0.08, score="magnitude", compensation="none")
+    _, stats = run(program, settings, data())
+    budget = stats.plan["budget"]
+    assert budget["after"] <= budget["limit"]
+    assert budget["limit"] - budget["after"] <= 0.1 * (budget["before"] - budget["limit"])
 
 
 @pytest.mark.parametrize("groups", [2, 4])

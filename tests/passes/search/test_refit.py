@@ -111,6 +111,54 @@ def test_least_squares_in_sequence(sequential: bool) -> None:
     assert not result.skipped and set(result.weights) == {f"down{i}.{p}" for i in (1, 2) for p in ("weight", "bias")}
 
 
+class Streamed(Two):
+    """Two residual MLPs behind a linear map, so that their stream can be cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+
+    def read(self, x: Tensor) -> dict[str, Tensor]:
+        """What each reader of the stream reads."""
+        a = self.first(x)
+        b = a + self.down1(torch.relu(self.up1(a)))
+        return {"up1": a, "up2": b, "head": b + self.down2(torch.sigmoid(self.up2(b)))}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The head's output."""
+        return self.head(self.read(x)["head"])
+
+
+@pytest.mark.usefixtures("same_damping")
+@pytest.mark.parametrize("sequential", [True, False])
+def test_readers_of_one_site_are_fitted_behind_one_another(sequential: bool) -> None:
+    """The second reader of a stream reads what the first one, fitted, makes of it."""
+    torch.manual_seed(0)
+    module, removed, kept = Streamed().double().eval(), (1, 6), [0, 2, 3, 4, 5, 7]
+    batches = data()
+    program = trace(module, (batches[0],))
+    (site,) = channel_sites(program, structure(program), ("stream",))[0]
+    context = Context(calibration=[{"x": x} for x in batches])
+    result = refit(program, structure(program), [(site, removed)], {}, context, "least-squares", sequential=sequential)
+    x = torch.cat(batches)
+    with torch.no_grad():
+        dense = module.read(x)
+        changed = Streamed().double()
+        changed.load_state_dict(module.state_dict())
+        for name in ("first", "down1", "down2"):
+            getattr(changed, name).weight[list(removed)] = 0.0
+            getattr(changed, name).bias[list(removed)] = 0.0
+        for name in ("up1", "up2", "head"):
+            layer, now = getattr(module, name), getattr(changed, name)
+            z = changed.read(x)[name] if sequential else dense[name]
+            weight, shift = fitted(z, dense[name] @ layer.weight.T, layer.weight, kept)
+            now.weight.zero_()
+            now.weight[:, kept] = torch.from_numpy(weight)
+            now.bias += torch.from_numpy(shift)
+            torch.testing.assert_close(result.weights[f"{name}.weight"].tensor(), now.weight.data, rtol=1e-8, atol=1e-9)
+            torch.testing.assert_close(result.weights[f"{name}.bias"].tensor(), now.bias.data, rtol=1e-8, atol=1e-9)
+
+
 def test_bias_is_flaps() -> None:
     """b + W[:, removed] E[x[removed]], on the unchanged model's inputs."""
     module, program, sites = model()
