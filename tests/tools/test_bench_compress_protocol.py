@@ -242,6 +242,27 @@ class TestProtocol:
         assert again.rows == first.rows and asked == ["write_dense", "write_dense", "broken"]
         assert len(saved) == 8 and all(set(each) == set(everything) for each in saved)
 
+    def test_several_machines_share_a_record(self, asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        """Only what another processor measured in milliseconds, and the dense model itself, are measured again here."""
+        levels = [Level("one", 0.1, params=100), Level("fast", 0.1, ms=1.0)]
+        parts = [replace(PARTS[0], levels=lambda facts, base: levels)]
+        monkeypatch.setattr(compress_run, "cpu_model", lambda: "first")
+        there = run_parts("compress-depth", parts, Run())
+        assert "cpu" in there.hidden
+        monkeypatch.setattr(compress_run, "cpu_model", lambda: "second")
+        asked.clear()
+        here = run_parts("compress-depth", parts, Run(known=there.rows))
+        assert asked == ["write_dense", "evaluate", "broken", "made", "evaluate", "broken"]
+        assert [(r["level"], r["by"], r["cpu"]) for r in here.rows if r["state"] == "ok"] == [
+            ("dense", "-", "first"),
+            ("dense", "-", "second"),
+            ("one", "ours", "first"),
+            ("fast", "ours", "second"),
+        ]
+        assert "cpu" not in here.hidden, "readers must see which times may be compared"
+        asked.clear()
+        assert run_parts("compress-depth", parts, Run(known=here.rows)).rows == here.rows
+
     def test_a_part_is_skipped_only_for_another_model(self, asked: list[str]) -> None:
         assert not run_parts("compress-depth", PARTS, Run(only="minilm-l6, 1 of 6 blocks")).rows and not asked
         assert len(run_parts("compress-depth", PARTS, Run(only="smollm2-135m, two")).rows) == 3

@@ -124,12 +124,15 @@ class Suite:
         summary: one line.
         goals: the goals in words, for ``bench --list``.
         run: measures.
+        paired: every row has the time of what it is compared with from the same minute, so that rows of several
+            machines may stand in one record; each says its processor (``cpu``).
     """
 
     name: str
     summary: str
     goals: tuple[str, ...]
     run: Callable[[Run], Result]
+    paired: bool = False
 
 
 @dataclass(frozen=True)
@@ -225,7 +228,7 @@ def run_suite(suite: Suite, run: Run, keep: Callable[[Record], None] = lambda re
 
 
 def known_rows(path: Path, suite: Suite, quick: bool) -> list[Row]:
-    """The rows of a record on this machine; empty where there is no file.
+    """The rows of a record on this machine (of a paired suite, on any: they say on which); empty without a file.
 
     Raises:
         GraphlatheError: the file is no record, or one of another suite, size, processor or of other versions.
@@ -238,7 +241,11 @@ def known_rows(path: Path, suite: Suite, quick: bool) -> list[Row]:
         rows: list[Row] = data["rows"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise GraphlatheError(f"'{path}' is no record of a benchmark", remedy="name another file") from error
-    here = {"suite": suite.name, "quick": quick, "versions": versions(), "cpu": describe_machine()["cpu"]}
+    here = {"suite": suite.name, "quick": quick, "versions": versions()}
+    if suite.paired:
+        rows = [{"cpu": found["cpu"], **row} for row in rows]
+    else:
+        here["cpu"] = describe_machine()["cpu"]
     for key, value in here.items():
         if found[key] != value:
             raise GraphlatheError(

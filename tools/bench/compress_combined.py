@@ -60,4 +60,5 @@ SUITE = Suite(
         "MiniLM at no more than 15% of its MACs, trained: at least 4 times the throughput",
     ),
     run=run,
+    paired=True,
 )

@@ -25,7 +25,7 @@ from .compress_methods import PACKAGE, Level, Method
 from .compress_ours import OURS
 from .compress_peers import install, peers_of
 from .compress_subject import SUBJECTS, Case
-from .machine import commit
+from .machine import commit, cpu_model
 from .measure import measure_in_subprocess
 
 STEP_TIMEOUT = 6 * 3600.0
@@ -85,7 +85,9 @@ def _one_thread() -> Generator[None]:
 
 def _run_part(suite: str, part: Part, case: Case, work: Path, context: Run, result: Result) -> None:
     methods = [*OURS[suite], *peers_of(suite)]
-    earlier = {row["recipe"]: row for row in context.known if row.get("recipe") and row.get("model") == case.model}
+    known = [row for row in context.known if row.get("recipe") and row.get("model") == case.model]
+    earlier = {row["recipe"]: row for row in known if row["level"] != "dense"}
+    made = {"commit": commit(), "cpu": cpu_model()}
     if context.only and _names_another(context.only, case.model) and not earlier:
         return
     context.say(f"{case.model}: the dense model")
@@ -96,11 +98,12 @@ def _run_part(suite: str, part: Part, case: Case, work: Path, context: Run, resu
     facts: dict[str, Any] = written.result
     if facts["source"]:
         result.notes.append(f"{case.model}: text from {facts['source']}")
-    base = earlier.get(recipe := _recipe(case))
-    if base is None:
+    recipe = _recipe(case)
+    bases = {row.get("cpu"): row for row in known if row["recipe"] == recipe}
+    if (base := bases.get(made["cpu"])) is None:
         head = {"model": case.model, "level": "dense", "method": "-", "by": "-", "state": "ok"}
-        base = head | _measured(case, dense, dense) | {"recipe": recipe, "commit": commit()}
-    result.rows.append(base)
+        base = head | _measured(case, dense, dense) | {"recipe": recipe} | made
+    result.rows += (bases | {made["cpu"]: base}).values()
     rows: list[tuple[Method, Level, Row]] = []
     levels = list(part.levels(facts, base))
     for level in levels[: part.quick_levels] if context.quick else levels:
@@ -114,16 +117,22 @@ def _run_part(suite: str, part: Part, case: Case, work: Path, context: Run, resu
                 continue
             if row is None or (chosen and not _complete(row)):
                 context.say(name)
-                row = run_method(method, level, case, dense, work) | {"recipe": recipe, "commit": commit()}
+                row = run_method(method, level, case, dense, work) | {"recipe": recipe} | made
                 share = latency_over_macs(row, base)
                 row |= {} if math.isnan(share) else {"latency_over_macs": share}
             rows.append((method, level, row))
             result.rows.append(row)
-            result.hidden = frozenset(key for each in result.rows for key in each if key.startswith(_ONLY_RECORDED))
+            result.hidden = _hidden(result.rows)
             context.save(_with_rest(result, context.known))
             if row.get("pipeline"):
                 result.notes.append(f"{name} = {row['pipeline']}")
     result.goals += goals_of(case.model, base, rows)
+
+
+def _hidden(rows: Sequence[Row]) -> frozenset[str]:
+    """Columns that tables leave out; the processor, where there is one only."""
+    one = ["cpu"] if len({row.get("cpu") for row in rows}) < 2 else []
+    return frozenset([*one, *(key for each in rows for key in each if key.startswith(_ONLY_RECORDED))])
 
 
 def _complete(row: Row) -> bool:
@@ -148,10 +157,11 @@ def _recipe(case: Case, method: Method | None = None, level: Level | None = None
     others = ("peers", "work") if method is not None and method.trained else ("peers", "work", "training")
     sizes = {key: value for key, value in case.to_json().items() if key not in others}
     made = None if method is None else [method.by, method.label, method.step, dict(method.arguments)]
-    # A limit in milliseconds is a share of what the dense model took in this run; ``main`` says who else is asked.
+    # A limit in milliseconds is a share of what the dense model took on this machine; ``main`` says who else is asked.
     left_out = ("ms", "main")
     limits = None if level is None else {key: value for key, value in level.to_json().items() if key not in left_out}
-    return hashlib.sha256(json.dumps([sizes, made, limits], sort_keys=True).encode()).hexdigest()[:12]
+    here = [cpu_model()] if level is not None and level.ms else []
+    return hashlib.sha256(json.dumps([sizes, made, limits, *here], sort_keys=True).encode()).hexdigest()[:12]
 
 
 def run_method(method: Method, level: Level, case: Case, dense: Path, work: Path) -> Row:

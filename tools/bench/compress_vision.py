@@ -35,4 +35,5 @@ SUITE = Suite(
         "the latency falls by at least 0.9 times the share of the MACs",
     ),
     run=run,
+    paired=True,
 )

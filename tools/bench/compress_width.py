@@ -45,4 +45,5 @@ SUITE = Suite(
         "what is trained afterwards wins back half of the loss on the domain that it did not see",
     ),
     run=run,
+    paired=True,
 )

@@ -39,7 +39,8 @@ def _record(path: Path) -> str:
     memory = size(machine["memory_bytes"]) if machine.get("memory_bytes") else "unknown memory"
     lines = [f"## {name}", "", f"{get(name).summary[0].upper()}{get(name).summary[1:]}.", ""]
     command = f"graphlathe bench {name}{' --quick' if data['quick'] else ''}"
-    lines += [f"`{command}` on {machine['cpu']}, {machine['cores']} cores, {memory}.", ""]
+    processors = dict.fromkeys(row.get("cpu", machine["cpu"]) for row in rows) or [machine["cpu"]]
+    lines += [f"`{command}` on {' and on '.join(processors)}, {machine['cores']} cores, {memory}.", ""]
     for heads, group in groupby(rows, key=lambda row: tuple(row[key] for key in GROUPS if key in row)):
         lines += [f"### {', '.join(heads)}", ""] if heads else []
         lines += [*_table(list(group), hidden | set(GROUPS)), ""]
