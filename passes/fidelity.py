@@ -180,7 +180,8 @@ def position_mask(batch: Mapping[str, Any], shape: Sequence[int], *, inside: boo
     """Which positions of ``[batch, tokens]`` count: the ``attention_mask`` of that shape; None where all do.
 
     A model with a decoder of its own (inputs called ``decoder_...``) has two kinds of positions, which equal shapes
-    would confuse: there, outputs are masked by the ``decoder_attention_mask``, and values inside by nothing.
+    would confuse: there, outputs are masked by the ``decoder_attention_mask``, and values inside by nothing. Values
+    inside may have both axes in one, ``[batch * tokens]``.
 
     Args:
         batch: the inputs.
@@ -188,6 +189,8 @@ def position_mask(batch: Mapping[str, Any], shape: Sequence[int], *, inside: boo
         inside: whether the value is one inside the model, rather than an output.
     """
     mask = None if inside and _has_decoder(batch) else _output_mask(batch)
+    if mask is not None and inside and torch.Size(shape) == (mask.numel(),):
+        mask = mask.reshape(-1)
     return mask if mask is not None and mask.shape == torch.Size(shape) else None
 
 

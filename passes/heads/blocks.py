@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from torch import fx
 
 from ...ir.axes import find_groups
-from ...ir.flow import shape_key
 from ...ir.program import Program
 from ...ir.structure import BlockSite, BranchSite, MlpSite, Structure
 from ..base import Stats
 from ..search.consumers import Consumer, other_readers
 from ..search.sites import ChannelSite, channel_sites
 from ..search.units import Unit, removable_units
+from .positions import Steps, steps_between
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +30,8 @@ class HeadBlock:
         branch: the feed-forward branch.
         layer: the feed-forward layer.
         hidden: the layer's hidden channels; None where they cannot be cut.
+        to_sum, to_mlp: how positions are rearranged from the heads' outputs to the sum that takes the attention, and
+            to the feed-forward branch's output.
     """
 
     index: int
@@ -41,6 +43,8 @@ class HeadBlock:
     branch: BranchSite
     layer: MlpSite
     hidden: ChannelSite | None
+    to_sum: Steps
+    to_mlp: Steps
 
 
 @dataclass(frozen=True)
@@ -144,12 +148,13 @@ def _read(
     attention, mlp = attentions[first.add], mlps[second.add]
     if attention.blocked or mlp.blocked:
         return attention.blocked or mlp.blocked
-    if shape_key(output.operand)[:-1] != shape_key(second.output)[:-1]:
-        return "heads and feed-forward layer have different shapes (the pass 'raise' may give them one)"
+    to_sum, to_mlp = (steps_between(output.node, end) for end in (attention.replaced, second.output))
+    if to_sum is None or to_mlp is None:
+        return "positions are mixed between its heads and its feed-forward layer"
     if bool((output.labels < 0).any()):
         return "its output projection reads more than its heads"
     if other_readers(program, output):
         return "its output projection is shared with another operator"
     down = layer.down.node if layer.down is not None else None
     units = next((h for h in sites.hidden if [c.node for c in h.consumers] == [down]), None)
-    return HeadBlock(index, block, own[0], output, attention, mlp, second, layer, units)
+    return HeadBlock(index, block, own[0], output, attention, mlp, second, layer, units, to_sum, to_mlp)

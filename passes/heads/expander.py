@@ -26,6 +26,7 @@ from ...ir.structure import MlpSite
 from ...ir.weights import Weight
 from .blocks import HeadBlock
 from .observed import Observed, affine_fit, twin, unexplained
+from .positions import rearranged, steps_between
 
 _aten = torch.ops.aten
 _ACTIVATIONS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], torch._ops.OpOverload]] = {
@@ -68,12 +69,13 @@ def expand(now: Observed, dense: Observed, block: HeadBlock, width: int) -> floa
             rewriter.weight(n, Weight.from_tensor(torch.zeros(shape, dtype=dtype)))
             for n, shape in zip(names, shapes, strict=True)
         )
+        heads = rearranged(rewriter, heads, block.to_mlp, base)
         hidden = rewriter.call(_aten.linear.default, heads, v, c, like=like)
         hidden = rewriter.call(_ACTIVATIONS[name][1], hidden, like=like)
         result = rewriter.call(_aten.linear.default, hidden, u, b, like=like)
     rewriter.replace(like, result)
     rewriter.erase_dead()
-    values, left = _fitted(now, dense, block, base, width, _ACTIVATIONS[name][0])
+    values, left = _fitted(now, dense, block, heads, base, width, _ACTIVATIONS[name][0])
     for weight, value in zip(names, values, strict=True):
         rewriter.weight(weight, Weight.from_tensor(value.to(dtype).contiguous().clone()))
     return left
@@ -83,15 +85,17 @@ def _fitted(
     now: Observed,
     dense: Observed,
     block: HeadBlock,
+    operand: fx.Node,
     base: fx.Node,
     width: int,
     activation: Callable[[torch.Tensor], torch.Tensor],
 ) -> tuple[tuple[torch.Tensor, ...], float]:
     """The four weights, and what is left over."""
     generator = torch.Generator().manual_seed(block.index)
-    inner = int(block.output.operand.meta["val"].shape[-1])
-    heads, stream = now.rows([block.output.operand, base])
-    units, total = dense.rows([twin(dense.program, block.layer.up[0].node), twin(dense.program, block.mlp.replaced)])
+    inner = int(operand.meta["val"].shape[-1])
+    heads, stream = now.rows([operand, base])
+    up, added = (twin(dense.program, node) for node in (block.layer.up[0].node, block.mlp.replaced))
+    units, total = dense.rows([up, added], [steps_between(up, added) or (), ()])
     units = _used(units, block.layer)
     # A stream in half precision may differ from the sum's operands: everything from here on is float64.
     missing = total.double() - stream.double()

@@ -30,6 +30,7 @@ from ..search.sites import channel_sites
 from ..search.units import Unit
 from .blocks import HeadBlock
 from .observed import Observed, affine_fit, linear_fit, twin, unexplained
+from .positions import is_step, steps_between
 
 _DAMPING = 1e-3
 
@@ -81,8 +82,10 @@ def _refit(
     Where a norm stands between the map and the sum, or the weight is shared, only columns are chosen.
     """
     program = now.program
-    rows, base, own = now.rows([consumer.operand, unit.by, consumer.node])
-    total, old = dense.rows([twin(dense.program, unit.replaced), twin(dense.program, consumer.node)])
+    way = steps_between(consumer.node, unit.replaced) or ()
+    rows, base, own = now.rows([consumer.operand, unit.by, consumer.node], [way, (), way])
+    there = [twin(dense.program, node) for node in (unit.replaced, consumer.node)]
+    total, old = dense.rows(there, [(), tuple(twin(dense.program, step) for step in way)])
     free = not other_readers(program, consumer) and _reaches(consumer.node, unit.replaced)
     wanted = (total.double() - base.double()) if free else old.double()
     matrix = weight_matrix(program, consumer).double()
@@ -117,14 +120,14 @@ def _refit(
 
 
 def _reaches(node: fx.Node, add: fx.Node) -> bool:
-    """Whether a value goes into a sum as it is: through casts, copies and inactive dropout only."""
+    """Whether a value goes into a sum as it is: through copies, inactive dropout and moves of positions only."""
     while True:
         if len(node.users) != 1:
             return False
         user = next(iter(node.users))
         if user is add:
             return True
-        if not keeps_value(user):
+        if not keeps_value(user) and not is_step(user):
             return False
         node = user
 

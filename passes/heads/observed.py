@@ -14,6 +14,7 @@ from ...ir.program import Program
 from ..base import Batch
 from ..fidelity import position_mask, seeded
 from ..search.compensation.normal_equations import solve
+from .positions import Steps, moved
 
 MOST_ROWS = 16384
 """Positions that a closed form is fitted on at most; more change it little, and would have to be kept in memory."""
@@ -41,11 +42,12 @@ class Observed:
         for index, known in enumerate(self._known):
             self._known[index] = self._run(index, {node}) if node not in known else known
 
-    def rows(self, nodes: Sequence[fx.Node]) -> list[torch.Tensor]:
+    def rows(self, nodes: Sequence[fx.Node], steps: Sequence[Steps] | None = None) -> list[torch.Tensor]:
         """The values of some nodes, without masked positions.
 
         Args:
-            nodes: values of shape [..., channels] with the same leading dimensions.
+            nodes: values of shape [..., channels] with the same leading dimensions, after the steps.
+            steps: for each how its positions are rearranged first (`positions.steps_between`); None for not at all.
 
         Returns:
             For each node [positions, channels], in float64 where the value is, else float32.
@@ -53,12 +55,14 @@ class Observed:
         Raises:
             PreconditionError: a value is no finite number.
         """
+        ways = steps or [()] * len(nodes)
+        wanted = {*nodes, *(step for way in ways for step in way)}
         found: list[list[torch.Tensor]] = [[] for _ in nodes]
         count = 0
         for index, batch in enumerate(self.batches):
-            seen = self._run(index, set(nodes))
-            for place, node in enumerate(nodes):
-                found[place].append(_positions(seen[node], batch, node, index))
+            seen = self._run(index, wanted)
+            for place, (node, way) in enumerate(zip(nodes, ways, strict=True)):
+                found[place].append(_positions(moved(seen[node], way, seen), batch, node, index))
             count += len(found[0][-1])
             if count >= MOST_ROWS:
                 del self.batches[index + 1 :], self._known[index + 1 :]

@@ -29,6 +29,7 @@ from ..base import Batch
 from ..fidelity import position_mask, seeded
 from ..search.compensation.distill import DistillReport, DistillSettings, distill
 from .blocks import HeadBlock
+from .positions import arranged_back
 
 _aten = torch.ops.aten
 _EMA = 0.9
@@ -81,6 +82,7 @@ def add_router(program: Program, block: HeadBlock, count: int | None, usage: tor
             names = (str(matrix.target), str(bias.target))
             logits = rewriter.call(_aten.linear.default, stream, matrix, bias)
             gates = _straight_through(rewriter, logits, count, constant("range", torch.arange(size)))
+            gates = arranged_back(rewriter, gates, block.to_sum, heads)
         gates = _cast(rewriter, gates, dtype)
         spread = rewriter.call(_aten.index_select.default, gates, -1, places)
         gated = rewriter.call(_aten.mul.Tensor, heads, spread)
@@ -178,4 +180,5 @@ def _moved(block: HeadBlock, nodes: dict[str, fx.Node]) -> HeadBlock:
     """The same block in a clone: what a router reads and feeds."""
     output = replace(block.output, node=nodes[block.output.node.name], operand=nodes[block.output.operand.name])
     attention = replace(block.attention, by=nodes[block.attention.by.name])
-    return replace(block, output=output, attention=attention)
+    to_sum = tuple(nodes[step.name] for step in block.to_sum)
+    return replace(block, output=output, attention=attention, to_sum=to_sum)

@@ -43,7 +43,7 @@ from .planted import loud_head_case
 from .router import trained_usage
 from .usage import head_usage, most_used
 
-_LOOK = "run the pass 'raise' first, or see `graphlathe dump --format tree MODEL`"
+_LOOK = "`graphlathe dump --format tree MODEL` shows what was found; attention that is spelled out is found after 'raise'"
 
 
 @dataclass(frozen=True, kw_only=True)

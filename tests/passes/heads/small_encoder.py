@@ -51,6 +51,7 @@ class Encoder(nn.Module):
     def __init__(self, heads: int = 4, dim: int = 6, width: int = 20, layers: int = 2, post: bool = False) -> None:
         super().__init__()
         self.heads, self.dim, self.post = heads, dim, post
+        self.spelled = ""
         stream = 16
         self.embed = nn.Embedding(31, stream)
         names = {"q": heads * dim, "k": heads * dim, "v": heads * dim}
@@ -72,16 +73,30 @@ class Encoder(nn.Module):
         q, k, v = (m[n](x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for n in "qkv")
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
+    def project(self, m: Any, value: torch.Tensor) -> torch.Tensor:
+        """The output projection, over positions that are laid out in another way for it (``spelled``)."""
+        batch, tokens, width = value.shape
+        if self.spelled in ("", "stream"):
+            return m["o"](value)
+        if self.spelled == "flat":
+            return m["o"](value.reshape(-1, width)).reshape(batch, tokens, -1)
+        return m["o"](value.transpose(0, 1).reshape(-1, width)).reshape(tokens, batch, -1).transpose(0, 1)
+
+    def feed_forward(self, m: Any, x: torch.Tensor) -> torch.Tensor:
+        """The sum behind the feed-forward layer of a pre-norm block."""
+        rows = x.reshape(-1, x.shape[-1]) if self.spelled == "stream" else x
+        return (rows + m["down"](F.gelu(m["up"](m["n2"](rows))))).reshape(x.shape)
+
     def forward(self, ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         mask = attention_mask[:, None, None, :] != 0
         x = self.embed(ids)
         for m in self.layers:
             if self.post:
-                x = m["n1"](x + m["o"](self.outputs(m, x, mask)))
+                x = m["n1"](x + self.project(m, self.outputs(m, x, mask)))
                 x = m["n2"](x + m["down"](F.gelu(m["up"](x))))
             else:
-                x = x + m["o"](self.outputs(m, m["n1"](x), mask))
-                x = x + m["down"](F.gelu(m["up"](m["n2"](x))))
+                x = x + self.project(m, self.outputs(m, m["n1"](x), mask))
+                x = self.feed_forward(m, x)
         return x
 
 
@@ -95,9 +110,10 @@ def data(count: int = 4, seed: int = 0) -> list[dict[str, torch.Tensor]]:
     return batches
 
 
-def encoder(seed: int = 0, **form: Any) -> tuple[Encoder, Program]:
+def encoder(seed: int = 0, spelled: str = "", **form: Any) -> tuple[Encoder, Program]:
     torch.manual_seed(seed)
     model = Encoder(**form).eval()
+    model.spelled = spelled
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))

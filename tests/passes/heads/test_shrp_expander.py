@@ -185,6 +185,46 @@ def test_a_stream_expander_finds_units_that_do_nothing() -> None:
     assert program.parameter_count - changed.parameter_count == 2 * 10 * (16 + 1 + 16)
 
 
+@pytest.mark.parametrize("reads", ["heads", "stream"])
+@pytest.mark.parametrize(("spelled", "post"), [("flat", False), ("flat", True), ("turned", False), ("stream", False)])
+def test_how_positions_are_laid_out_makes_no_difference(spelled: str, post: bool, reads: str) -> None:
+    """Maps over [batch * tokens] or [tokens * batch] in between: the same heads, the same closed forms."""
+    settings = Shrp(stage="expand", reads=reads, heads=2, width=12, router_steps=3, steps=0)
+    batches = data()
+    if spelled == "turned":
+        # Usage reads rows as they come, and a mask is only known for [batch, tokens] and [batch * tokens].
+        batches = [{**batch, "attention_mask": torch.ones_like(batch["attention_mask"])} for batch in batches]
+    plain, other = (run(encoder(spelled=s, post=post)[1], settings, batches) for s in ("", spelled))
+    assert other[1].plan["heads"] == plain[1].plan["heads"]
+    assert other[0].parameter_count == plain[0].parameter_count
+    verify(other[0])
+    for batch in data(2, seed=4):
+        kept = batch["attention_mask"] != 0
+        torch.testing.assert_close(other[0](**batch)[kept], plain[0](**batch)[kept], rtol=1e-4, atol=1e-4)
+
+
+_FITTING = ("llama", "bert", "gpt2", "vit", "swin", "opt")
+
+
+@pytest.mark.parametrize("reads", ["heads", "stream"])
+@pytest.mark.parametrize(
+    "name",
+    zoo_parameters(
+        [*_FITTING, "openai_gpt", "qwen3", "phi3", "olmo2", "biogpt", "roberta", "distilbert", "modernbert", "bart",
+         "m2m_100", "umt5", "dinov2", "clip_vision", "yolos"],
+        quick=_FITTING[:3],
+    ),
+)  # fmt: skip
+def test_blocks_of_the_zoo_as_they_are_traced(name: str, reads: str) -> None:
+    """One head and half of the units in every block, without any other pass before, and every block of the model."""
+    program = traced(name)
+    changed, stats = run(program, Shrp(stage="expand", reads=reads, router_steps=1, steps=1), inputs(name))
+    verify(changed)
+    assert stats.hits == len(stats.plan["expanders"]) >= 2
+    assert changed.parameter_count < program.parameter_count
+    assert all(bool(v.isfinite().all()) for v in changed.run(changed.feeds(**inputs(name)[0])).values())
+
+
 def test_a_layer_of_bert_base_keeps_the_published_number_of_parameters() -> None:
     """One layer: query, key and value of one head, the expander 64 -> 3072 -> 768, and both norms."""
     from transformers import BertConfig, BertModel
