@@ -5,7 +5,7 @@ The passes that choose use it as well, so that applying a saved plan gives what 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import fx
@@ -16,6 +16,7 @@ from ...ir.errors import PreconditionError
 from ...ir.execute import needed
 from ...ir.program import Program
 from ...ir.rewrite import Rewriter
+from ...ir.structure import BranchSite, Structure
 from ..base import Context
 from .biases import give_bias
 from .correct import correct
@@ -109,6 +110,7 @@ def apply_plan(
     # Units are dropped last: groups hold the names of their operators.
     result.notes += cut_sites(program, cuts, ctx, made_by)
     result.cut = len(cuts)
+    branches = _branches(ctx.structure(program)) if units else {}
     if plan.rank and units:
         corrected, notes = correct(program, units, plan.rank, ctx, rewriter, fit=fit)
         result.notes += [*notes, f"{corrected} maps of rank {plan.rank} in the place of {len(units)} dropped units"]
@@ -116,6 +118,7 @@ def apply_plan(
         drop(rewriter, units)
         if plan.rank:
             result.notes.append(f"rank={plan.rank} had nothing to do: nothing is dropped whole")
+    result.notes += _left_for_outputs(program, units, branches)
     result.dropped = len(units)
     return result
 
@@ -157,6 +160,27 @@ def drop(rewriter: Rewriter, units: Collection[Unit]) -> None:
     for unit in sorted(units, key=lambda u: position[u.replaced], reverse=True):
         rewriter.replace(unit.replaced, unit.by, erase=False)
     rewriter.erase_dead()
+
+
+def _branches(found: Structure) -> dict[fx.Node, tuple[BranchSite, ...]]:
+    """What goes with each unit, by the value that it replaces."""
+    blocks = [block for stream in found.streams for block in stream.blocks]
+    whole = {block.end: block.branches for block in blocks}
+    return whole | {branch.add: (branch,) for block in blocks for branch in block.branches}
+
+
+def _left_for_outputs(
+    program: Program, units: Sequence[Unit], branches: Mapping[fx.Node, Sequence[BranchSite]]
+) -> list[str]:
+    """Units that were dropped, but whose operators go on computing an output of their own, as a cache is."""
+    outputs = list(zip(program.main.output_values, program.main.outputs, strict=True))
+    notes: list[str] = []
+    for unit in units:
+        inside = {node for branch in branches.get(unit.replaced, ()) for node in branch.nodes}
+        kept = [name for node, name in outputs if node in inside]
+        if kept:
+            notes.append(f"{unit.label} is dropped, but what makes the outputs {', '.join(kept)} stays")
+    return notes
 
 
 def resolve(

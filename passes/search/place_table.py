@@ -21,6 +21,7 @@ class Table:
         meter: counts programs in the budget's unit.
         blocked: why others cannot be touched, with counts.
         notes: lines for the report.
+        outside: the largest operators that are in no place because they are in no block.
         whole: what all places cost together.
         total: what the program costs.
         added_up: whether costs of places are known only one by one and added up (milliseconds, bits); otherwise the
@@ -32,6 +33,7 @@ class Table:
     meter: Meter
     blocked: dict[str, int] = field(default_factory=dict[str, int])
     notes: list[str] = field(default_factory=list[str])
+    outside: tuple[str, ...] = ()
     whole: float = 0.0
     total: float = 0.0
     added_up: bool = False

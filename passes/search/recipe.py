@@ -28,7 +28,7 @@ from .plan import Decision, Plan
 from .scores import CHANNEL_SCORES
 from .sites import KINDS, ChannelSite, channel_sites
 from .timed import TIMED_LEVELS, timed
-from .widths import about_widths, branch_of, drop_places, width_place
+from .widths import about_widths, branch_of, drop_places, outside_of_blocks, width_place
 
 ALLOCATORS = ("uniform", "global-threshold", "greedy", "knapsack", "evolution")
 
@@ -124,7 +124,8 @@ def table_of(program: Program, recipe: Recipe, ctx: Context) -> Table:
     units = [place.levels[-1].drop for place in places]
     whole = meter.whole(sites, [unit for unit in units if unit is not None])
     notes = about_widths(program, sites, recipe.multiple)
-    table = Table(places, meter, blocked, notes, whole=whole, total=meter.total)
+    outside = outside_of_blocks(program, found) if all(kind in DROPS for kind in recipe.kinds) else ()
+    table = Table(places, meter, blocked, notes, outside, whole=whole, total=meter.total)
     return timed(program, table, ctx) if recipe.unit == "ms" else table
 
 
@@ -191,7 +192,8 @@ def out_of_reach(
     asked, least = (f"{x:.3g}" if unit == "ms" else f"{math.ceil(x):,}" for x in (limit, smallest))
     return PreconditionError(
         f"the budget of {asked} {unit} is out of reach: {least} is the smallest"
-        + (f"; blocked elsewhere by: {blocked}" if blocked else ""),
+        + (f"; blocked elsewhere by: {blocked}" if blocked else "")
+        + (f"; outside of every block, and so never dropped: {', '.join(table.outside)}" if table.outside else ""),
         expected=f"at least {least}",
         remedy=f"raise the budget, or {remedy}",
     )

@@ -16,6 +16,9 @@ from .levels import Level, Place
 from .sites import ChannelSite
 from .units import Unit, removable_units
 
+_NAMED = 3
+"""How many of the operators that stay in any case are named."""
+
 
 def width_place(
     program: Program,
@@ -125,6 +128,20 @@ def drop_places(
         block = unit.index if granularity == "block" else homes.get(unit.replaced)
         places.append(Place(f"drop-{granularity}", unit.label, block, levels, positions[unit.replaced], unit.index))
     return places, blocked
+
+
+def outside_of_blocks(program: Program, found: Structure) -> tuple[str, ...]:
+    """The operators with the largest weights outside of all branches, which dropping branches leaves."""
+    branches = [branch for stream in found.streams for block in stream.blocks for branch in block.branches]
+    inside = {node for branch in branches for node in branch.nodes}
+    sizes: dict[fx.Node, int] = {}
+    for weight in program.graph.find_nodes(op="get_attr"):
+        held = program.weights.get(str(weight.target))
+        for user in () if held is None or weight in inside else weight.users:
+            if user not in inside:
+                sizes[user] = sizes.get(user, 0) + math.prod(held.shape)
+    largest = sorted(sizes, key=lambda node: -sizes[node])[:_NAMED]
+    return tuple(f"%{node.name}" for node in largest)
 
 
 def branch_of(site: ChannelSite, found: Structure, granularity: str) -> Unit | None:

@@ -343,6 +343,12 @@ def test_what_a_cache_is_made_of_is_blocked() -> None:
     assert {site["kind"] for site in stats.plan["sites"]} == {"mlp"}
     assert any("is a dimension of an output" in reason for reason in stats.misses)
     assert [str(s.shape) for s in after.outputs] == [str(s.shape) for s in program.outputs]
+    shared = graphlathe.optimize(program, passes="canonicalize", progress=False)
+    dropped, stats = run(shared, Compress(ratio=0.9, sites=("drop-attention",)), data())
+    keys, values = program.main.outputs[1:]
+    expected = f"attention of block 0 is dropped, but what makes the outputs {keys}, {values} stays"
+    assert stats.notes.count(expected) == 1
+    assert all(torch.equal(dropped(**data(1)[0])[n], program(**data(1)[0])[n]) for n in (keys, values))
 
 
 def test_what_another_entry_reads_is_blocked() -> None:
