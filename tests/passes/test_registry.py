@@ -133,6 +133,36 @@ def test_every_pass_on_every_model(name: str) -> None:
     assert ran >= len([n for n in NAMES if registry.get(n).effect is Effect.EXACT])
 
 
+OTHER_MODES = ("mode=sparsity levels=4", "mode=bits rank=2")
+# One for each form in which linear layers are met: stacked experts, fused and shared ones, convolutions of width one...
+_LINEAR_FORMS = (
+    "llama", "gpt2", "bert", "t5", "albert", "swin", "deepseek_v3", "qwen2_moe", "mixtral", "gemma3", "phi3", "whisper",
+    "clip", "modernbert", "convnextv2", "mamba", "resnet", "plain_lstm",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OTHER_MODES)
+@pytest.mark.parametrize("name", zoo_parameters(_LINEAR_FORMS, quick=("llama", "gpt2")))
+def test_other_modes_of_evopress(name: str, options: str) -> None:
+    """Zeros and codes in linear layers, wherever there are some: fewer nonzeros or bytes, the same interface."""
+    program, _, calibration = inputs_of(name)
+    canonical = PassManager("canonicalize", costs=False).run(program)[0]
+    has_sites = bool(linear_sites(canonical, structure(canonical))[0])
+    text = f"evopress{{{options} ratio=0.3 generations=1 offspring=2}}"
+    manager = PassManager(text, calibration=calibration, verify=2, costs=False)
+    if not has_sites:
+        with pytest.raises(PreconditionError, match="nothing of the kinds linear layers"):
+            manager.run(canonical)
+        return
+    after, report = manager.run(canonical)
+    budget = report.rows[-1].plan["budget"]
+    assert budget["unit"] == ("nonzeros" if "sparsity" in options else "bytes")
+    assert budget["after"] < budget["before"]
+    assert [str(o.shape) for o in after.outputs] == [str(o.shape) for o in canonical.outputs]
+    values = after.run(after.feeds(**calibration[0]))
+    assert all(bool(v.isfinite().all()) for v in values.values() if v.is_floating_point())
+
+
 @pytest.mark.parametrize("pass_name", [n for n in NAMES if declares(n, "neutral")])
 @pytest.mark.parametrize("name", zoo_parameters(["llama", "gpt_neox", "bert", "t5"], quick=QUICK))
 def test_neutral_settings_change_nothing(pass_name: str, name: str) -> None:

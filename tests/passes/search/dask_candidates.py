@@ -1,4 +1,5 @@
-"""A search of real candidates on two Dask workers: ``python -m tests.passes.search.dask_candidates FOLDER``.
+"""A search of real candidates on two Dask workers, one of which is killed in the middle:
+``python -m tests.passes.search.dask_candidates FOLDER``.
 
 Prints what was found as JSON. In a process of its own, see `test_dask`.
 """
@@ -6,7 +7,10 @@ Prints what was found as JSON. In a process of its own, see `test_dask`.
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+from concurrent.futures import Executor, Future
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +25,7 @@ from tests.passes.search.small_models import context, meter_of, unit_places, wid
 from tests.zoo_programs import traced
 
 MODEL = "llama"
+MIDDLE = 9
 SETTINGS = Settings(generations=2, offspring=4, stages=(Stage(2, 1), Stage(1, 2)), seed=1)
 
 
@@ -46,12 +51,31 @@ def found(ctx: Context) -> dict[str, Any]:
     }
 
 
+class Killing(Executor):
+    """Workers one of which dies when so many evaluations have been asked for."""
+
+    def __init__(self, workers: Executor, after: int) -> None:
+        self._workers, self._left = workers, after
+        self.killed = 0
+
+    def submit(self, fn: Any, /, *args: Any, **named: Any) -> Future[Any]:
+        future = self._workers.submit(fn, *args, **named)
+        self._left -= 1
+        if not self._left:
+            import distributed
+
+            pids = distributed.default_client().run(os.getpid)
+            self.killed = min(pids.values())
+            os.kill(self.killed, signal.SIGKILL)
+        return future
+
+
 def main(folder: str) -> None:
     """Search on the workers."""
     with ExitStack() as stack:
-        workers = dask_workers(folder, 3, stack)
+        workers = Killing(dask_workers(folder, 3, stack), after=MIDDLE)
         ctx = replace(context(MODEL, 3), executor=workers, workspace=Path(folder))
-        json.dump(found(ctx), sys.stdout)
+        json.dump(found(ctx) | {"killed": workers.killed}, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -48,13 +48,14 @@ def test_a_worker_that_is_killed_changes_nothing(mode: str, tmp_path: Path) -> N
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_real_candidates_are_judged_there_as_here(tmp_path: Path) -> None:
-    """Two workers that read the program, the levels and the data from a folder."""
+    """Two workers that read the program, the levels and the data from a folder; one is killed in the middle."""
     module = dask_candidates.__name__
     command = [sys.executable, "-m", module, str(tmp_path)]
     root = Path(dask_candidates.__file__).parents[3]
     done = subprocess.run(command, capture_output=True, text=True, timeout=800, cwd=root)
     assert done.returncode == 0, done.stderr
     there, here = json.loads(done.stdout), dask_candidates.found(context(dask_candidates.MODEL, 3))
+    assert there.pop("killed") > 0
     assert there.pop("tokens") is None and here.pop("tokens") > 0, "what workers run is not run here"
     assert there["scores"] == pytest.approx(here.pop("scores"), rel=1e-5)
     assert {name: there[name] for name in here} == here
