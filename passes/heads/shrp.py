@@ -43,7 +43,9 @@ from .planted import loud_head_case
 from .router import trained_usage
 from .usage import head_usage, most_used
 
-_LOOK = "`graphlathe dump --format tree MODEL` shows what was found; attention that is spelled out is found after 'raise'"
+_LOOK = (
+    "`graphlathe dump --format tree MODEL` shows what was found; attention that is spelled out is found after 'raise'"
+)
 
 
 @dataclass(frozen=True, kw_only=True)

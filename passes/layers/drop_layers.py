@@ -22,6 +22,7 @@ from ...ir.program import Program
 from ...ir.rewrite import Rewriter
 from ..base import Case, Context, Effect, Pass, Prop, Stats, option, same_outputs
 from ..search.apply import drop
+from ..search.left_behind import branches_of, left_for_outputs
 from ..search.plan import Decision, Plan
 from ..search.scores import SCORES, Scores
 from ..search.units import GRANULARITIES, Unit, remaining_weights, removable_units, replacements
@@ -94,7 +95,9 @@ class DropLayers(Pass):
                 stats.miss(unit.blocked)
         chosen, scores = self._choose(program, units, ctx)
         fingerprint = program.fingerprint()
+        branches = branches_of(ctx.structure(program)) if chosen else {}
         drop(Rewriter(program, self.name), chosen)
+        stats.notes += left_for_outputs(program, chosen, branches)
         stats.hits = len(chosen)
         stats.plan = self._plan(units, chosen, scores, fingerprint)
         if not chosen and self.indices != ():

@@ -24,6 +24,7 @@ from ...ir.rewrite import Rewriter
 from ..base import Case, Context, Effect, Pass, Prop, Stats, option, same_outputs
 from ..search.apply import drop
 from ..search.correct import correct
+from ..search.left_behind import branches_of, left_for_outputs
 from ..search.plan import Decision, Plan
 from ..search.scores.block_influence import block_influence
 from ..search.scores.window import best_window
@@ -83,11 +84,17 @@ class ShortGpt(Pass):
         fingerprint = program.fingerprint()
         rewriter = Rewriter(program, self.name)
         dropped = [units[index] for index in chosen]
+        branches = branches_of(ctx.structure(program)) if dropped else {}
         if self.rank and dropped:
             made, notes = correct(program, dropped, self.rank, ctx, rewriter)
             stats.notes += [*notes, f"{made} maps of rank {self.rank} in the place of {len(dropped)} dropped blocks"]
         else:
             drop(rewriter, dropped)
+        stats.notes += left_for_outputs(program, dropped, branches)
+        if not dropped and self.ratio:
+            stats.notes.append(
+                f"nothing to remove: ratio={self.ratio:g} of {len(units)} blocks is less than half of one"
+            )
         stats.hits = len(chosen)
         why = "one window" if self.window else "lowest block influence"
         decisions = tuple(

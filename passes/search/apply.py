@@ -5,24 +5,23 @@ The passes that choose use it as well, so that applying a saved plan gives what 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import fx
 
 from ...ir.axes import cut_all
 from ...ir.axes.rescale import rescale_norms
-from ...ir.errors import PreconditionError
+from ...ir.errors import PreconditionError, suggest
 from ...ir.execute import needed
 from ...ir.program import Program
 from ...ir.rewrite import Rewriter
-from ...ir.structure import BranchSite, Structure
 from ..base import Context
 from .biases import give_bias
 from .correct import correct
-from .linear_apply import KIND as LINEAR
+from .left_behind import branches_of, left_for_outputs
 from .linear_apply import apply_linear
-from .plan import PARTIAL, Decision, Plan
+from .plan import LINEAR, PARTIAL, Decision, Plan
 from .refit import METHODS, Cut, refit, why_not_fitted
 from .same_site import Uncut
 from .sites import KINDS, ChannelSite, channel_sites
@@ -110,7 +109,7 @@ def apply_plan(
     # Units are dropped last: groups hold the names of their operators.
     result.notes += cut_sites(program, cuts, ctx, made_by)
     result.cut = len(cuts)
-    branches = _branches(ctx.structure(program)) if units else {}
+    branches = branches_of(ctx.structure(program)) if units else {}
     if plan.rank and units:
         corrected, notes = correct(program, units, plan.rank, ctx, rewriter, fit=fit)
         result.notes += [*notes, f"{corrected} maps of rank {plan.rank} in the place of {len(units)} dropped units"]
@@ -118,7 +117,7 @@ def apply_plan(
         drop(rewriter, units)
         if plan.rank:
             result.notes.append(f"rank={plan.rank} had nothing to do: nothing is dropped whole")
-    result.notes += _left_for_outputs(program, units, branches)
+    result.notes += left_for_outputs(program, units, branches)
     result.dropped = len(units)
     return result
 
@@ -162,27 +161,6 @@ def drop(rewriter: Rewriter, units: Collection[Unit]) -> None:
     rewriter.erase_dead()
 
 
-def _branches(found: Structure) -> dict[fx.Node, tuple[BranchSite, ...]]:
-    """What goes with each unit, by the value that it replaces."""
-    blocks = [block for stream in found.streams for block in stream.blocks]
-    whole = {block.end: block.branches for block in blocks}
-    return whole | {branch.add: (branch,) for block in blocks for branch in block.branches}
-
-
-def _left_for_outputs(
-    program: Program, units: Sequence[Unit], branches: Mapping[fx.Node, Sequence[BranchSite]]
-) -> list[str]:
-    """Units that were dropped, but whose operators go on computing an output of their own, as a cache is."""
-    outputs = list(zip(program.main.output_values, program.main.outputs, strict=True))
-    notes: list[str] = []
-    for unit in units:
-        inside = {node for branch in branches.get(unit.replaced, ()) for node in branch.nodes}
-        kept = [name for node, name in outputs if node in inside]
-        if kept:
-            notes.append(f"{unit.label} is dropped, but what makes the outputs {', '.join(kept)} stays")
-    return notes
-
-
 def resolve(
     program: Program, decisions: Sequence[Decision], ctx: Context, made_by: str
 ) -> tuple[list[Cut], list[Unit]]:
@@ -191,6 +169,14 @@ def resolve(
     Raises:
         PreconditionError: the program has no such place, or nothing can be removed there.
     """
+    known = (*KINDS, *DROPS)
+    for decision in decisions:
+        if decision.kind not in known:
+            raise PreconditionError(
+                f"the plan speaks of an unknown kind '{decision.kind}'{suggest(decision.kind, known)}",
+                pass_name=made_by,
+                expected=f"one of: {', '.join((*known, LINEAR))}",
+            )
     found = ctx.structure(program)
     kinds = {d.kind for d in decisions if d.kind in KINDS}
     sites = channel_sites(program, found, kinds)[0] if kinds else []

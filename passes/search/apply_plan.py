@@ -43,6 +43,7 @@ class ApplyPlan(Pass):
         before = program.parameter_count
         applied = apply_plan(program, plan, ctx, self.name, sequential=self.sequential)
         stats = Stats(hits=applied.done, attempts=len(plan.decisions), plan=plan.to_json())
+        stats.notes += ["no path was given, so the plan is empty"] if self.path is None else []
         stats.notes += applied.notes
         stats.notes += [f"not compensated: {reason} ({count}x)" for reason, count in applied.skipped.items()]
         stats.notes.append(f"{before:,} parameters before, {program.parameter_count:,} after")

@@ -21,10 +21,7 @@ from .linear_solve import Solved, correction_params, counted_bytes, executed_mac
 from .linear_texts import Bits, LinearLevel, LowRank, Sparse, correction_of, parse
 from .local.factorize import Factors
 from .local.round_to_nearest import Quantized
-from .plan import Decision
-
-KIND = "linear"
-"""The kind of decisions about linear layers' weights."""
+from .plan import LINEAR, Decision
 
 
 def apply_linear(
@@ -48,7 +45,7 @@ def apply_linear(
     Raises:
         PreconditionError: a decision does not fit the program, or calibration data is missing or not finite.
     """
-    levels = {d.index: d for d in decisions if d.kind == KIND and d.level}
+    levels = {d.index: d for d in decisions if d.kind == LINEAR and d.level}
     if not levels:
         return []
     # A plan may have been made with layers outside of the blocks.

@@ -10,15 +10,17 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ...ir.errors import InputError
+from ...ir.errors import InputError, suggest
 from ...ir.files import write_atomically
 
 FORMAT = "graphlathe-plan"
 VERSION = 1
+LINEAR = "linear"
+"""The kind of the weights of linear layers, which have levels instead of units."""
 PARTIAL = "not in the plan"
 """The compensation of a plan that is only a part of what its pass did: for reading and pictures, not to be applied."""
 
@@ -182,12 +184,19 @@ def _plain(decision: Decision) -> dict[str, Any]:
     return {**asdict(decision), "removed": list(decision.removed), "kept": list(decision.kept), "scores": scores}
 
 
+_SITE_KEYS = (*(each.name for each in fields(Decision)), "kept")
 _FIELDS = {"kind": str, "index": int, "units": int, "removed": list}
 
 
 def _decision(data: Any, where: str) -> Decision:
     if not isinstance(data, dict):
         raise InputError(f"{where} is a {type(data).__name__}", expected="an object")
+    for key in data:
+        if key not in _SITE_KEYS:
+            raise InputError(
+                f"{where} has the unknown key '{key}'{suggest(str(key), _SITE_KEYS)}",
+                expected=f"one of: {', '.join(_SITE_KEYS)}",
+            )
     for name, kind in _FIELDS.items():
         value = data.get(name)
         if not isinstance(value, kind) or isinstance(value, bool):
@@ -206,6 +215,11 @@ def _decision(data: Any, where: str) -> Decision:
         raise InputError(f"{where}: 'block' is {block!r}", expected="a number, or null")
     if scores is not None and not (isinstance(scores, list) and all(map(_is_number, scores))):
         raise InputError(f"{where}: 'scores' is {scores!r}"[:200], expected="a list of numbers, or null")
+    if (data["kind"] == LINEAR and removed) or (data["kind"] != LINEAR and data.get("level")):
+        raise InputError(
+            f"{where}: a place of the kind '{data['kind']}' has no {'units' if data['kind'] == LINEAR else 'levels'}",
+            expected=f"a level for the kind '{LINEAR}', units to remove for all others",
+        )
     return Decision(
         kind=data["kind"],
         index=data["index"],

@@ -22,9 +22,8 @@ from .allocators.uniform import uniform
 from .apply import DROPS
 from .budget import Meter, sizes_of
 from .levels import TOO_NARROW, Place
-from .linear_apply import KIND as LINEAR
 from .place_table import Table
-from .plan import Decision, Plan
+from .plan import LINEAR, Decision, Plan
 from .scores import CHANNEL_SCORES
 from .sites import KINDS, ChannelSite, channel_sites
 from .timed import TIMED_LEVELS, timed

@@ -34,13 +34,13 @@ from ..base import Case, Context, Effect, Pass, Stats, option, same_outputs
 from ..search.allocators.knapsack import knapsack
 from ..search.budget import Meter, sizes_of
 from ..search.levels import Level, Place
-from ..search.linear_apply import KIND, apply_linear
+from ..search.linear_apply import apply_linear
 from ..search.linear_levels import LinearSettings, linear_places
 from ..search.linear_sites import LinearSite, linear_sites
 from ..search.linear_solve import counted_bytes
 from ..search.linear_texts import parse
 from ..search.place_table import Table
-from ..search.plan import Decision, Plan
+from ..search.plan import LINEAR, Decision, Plan
 from ..search.recipe import out_of_reach
 from .planted import low_rank_case
 
@@ -135,7 +135,7 @@ class Rocket(Pass):
         if self.ratio == 0:  # no level is needed, and neither is data
             whole = [(Level("untouched", site.size, 0.0),) for site in sites]
             return [
-                Place(KIND, site.label, site.block, levels, site.first, site.index)
+                Place(LINEAR, site.label, site.block, levels, site.first, site.index)
                 for site, levels in zip(sites, whole, strict=True)
             ]
         settings = LinearSettings(kappa=self.kappa, share=self.step, most=self.most)
@@ -185,7 +185,7 @@ def _decision(place: Place, number: int) -> Decision:
     text, reason = (
         ("", "knapsack: stays as it is") if not number else (level.label, f"relative error {level.error:.3g}")
     )
-    return Decision(KIND, place.index, place.label, place.block, 1, level=text, reason=reason)
+    return Decision(LINEAR, place.index, place.label, place.block, 1, level=text, reason=reason)
 
 
 def _saved_bytes(program: Program, sites: Sequence[LinearSite], decisions: Sequence[Decision]) -> int:

@@ -111,8 +111,10 @@ def test_dropping_from_a_real_model_is_slicing_its_list_of_layers(name: str, pat
 
 def test_a_share_is_rounded_to_the_nearest_number() -> None:
     program, batches = program_of(six()), data(1)
-    for ratio, count in ((0.0, 0), (0.2, 1), (0.26, 2), (0.5, 3), (0.76, 5)):
-        assert len(dropped(run(program, ShortGpt(ratio=ratio), batches)[1])) == count
+    for ratio, count in ((0.0, 0), (0.05, 0), (0.2, 1), (0.26, 2), (0.5, 3), (0.76, 5)):
+        stats = run(program, ShortGpt(ratio=ratio), batches)[1]
+        assert len(dropped(stats)) == count
+        assert any("nothing to remove" in note for note in stats.notes) == (ratio == 0.05)
 
 
 def test_bad_input_is_refused() -> None:

@@ -126,6 +126,9 @@ def test_another_model_is_refused() -> None:
     with pytest.raises(PreconditionError, match=r"does not fit: 'mlp of block 0' \(mlp 5\) has none here") as error:
         apply_plan(program, mixed("llama", ("mlp",)), Context(), "test")
     assert "apply a plan to the model" in str(error.value)
+    wrong = Plan((replace(mixed("bert", ("mlp",)).decisions[0], kind="mpl"),))
+    with pytest.raises(PreconditionError, match=r"unknown kind 'mpl' \(did you mean 'mlp'\?\)"):
+        apply_plan(program, wrong, Context(), "test")
     site = next(s for s in sites_of("bert") if s.kind == "mlp")
     with pytest.raises(PreconditionError, match="has 64 units here"):
         apply_plan(program, Plan((replace(decision(site, 1), units=32),)), Context(), "test")

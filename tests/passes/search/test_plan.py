@@ -20,14 +20,16 @@ TEXT = st.text(max_size=8)
 def decisions(draw: st.DrawFn, index: int) -> Decision:
     units = draw(st.integers(1, 9))
     scores = st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=units, max_size=units).map(tuple)
+    kind = draw(st.sampled_from(["mlp", "heads", "drop-block", "linear"]))
+    removed = st.just(set[int]()) if kind == "linear" else st.sets(st.integers(0, units - 1))
     return Decision(
-        kind=draw(st.sampled_from(["mlp", "heads", "drop-block", "linear"])),
+        kind=kind,
         index=index,
         label=draw(TEXT),
         block=draw(st.none() | st.integers(0, 9)),
         units=units,
-        removed=tuple(sorted(draw(st.sets(st.integers(0, units - 1))))),
-        level=draw(TEXT),
+        removed=tuple(sorted(draw(removed))),
+        level=draw(TEXT) if kind == "linear" else "",
         reason=draw(TEXT),
         scores=draw(st.none() | scores),
     )
@@ -122,6 +124,9 @@ WRONG_SITES: dict[str, tuple[Any, str]] = {
     "scores that are text": ({**GOOD, "scores": ["a"]}, "'scores' is"),
     "scores that are no list": ({**GOOD, "scores": 3}, "'scores' is 3"),
     "scores that are no numbers": ({**GOOD, "scores": [float("nan")]}, "'scores' is"),
+    "a key that there is not": ({**GOOD, "remove": [2]}, "unknown key 'remove' (did you mean 'removed'?)"),
+    "a level of neurons": ({**GOOD, "level": "bits=4"}, "the kind 'mlp' has no levels"),
+    "units of a weight": ({**GOOD, "kind": "linear"}, "the kind 'linear' has no units"),
     "the place of another": (GOOD, "is mlp 0, as is site 0"),
 }
 
