@@ -219,7 +219,7 @@ def _named_dims(arguments: list[str], values: list[Any], dynamic: Dynamic) -> di
     """The requested dimensions: (leaf name, axis) -> (name, range)."""
     if dynamic is None or dynamic == "auto":
         return {}
-    if isinstance(dynamic, str):
+    if not isinstance(dynamic, Mapping):
         raise ImportModelError(
             f"dynamic={dynamic!r} is unknown", expected="a dict of names by input and axis, 'auto', or None"
         )

@@ -22,6 +22,7 @@ from .base import Pass, kinds_of, option_type, options_of, validated
 
 REPEAT = "repeat"
 DEFAULT_ROUNDS = 10
+_SEPARATORS = "options are separated by blanks, the values of a list by commas alone: {ratio=0.3 sites=mlp,heads}"
 _STOPS = frozenset(" \t\r\n,{}()=")
 
 
@@ -191,6 +192,7 @@ class _Parser:
                     start,
                     self.at,
                     expected=takes,
+                    remedy=_SEPARATORS if given else None,
                 )
             if name in given:
                 self._fail(f"option '{key}' is given twice", start, self.at)
@@ -213,6 +215,8 @@ class _Parser:
                 word = self._word()
                 if not word and not values and self._next() != ",":
                     return []  # `key=` is the empty list
+                if not word and values:
+                    self._fail("a value is missing after ','", self.at, self.at + 1, remedy=_SEPARATORS)
                 values.append(word)
             if self._next() != ",":
                 return values
@@ -290,6 +294,7 @@ def _scalar(kind: Any, texts: Sequence[str]) -> Any:
         raise PipelineError(
             "one value is wanted" if texts else "the value is missing",
             expected=kind.__name__,
+            remedy=_SEPARATORS if texts else None,
         )
     text = str(texts[0])
     if kind is str:

@@ -44,7 +44,7 @@ from .router import trained_usage
 from .usage import head_usage, most_used
 
 _LOOK = (
-    "`graphlathe dump --format tree MODEL` shows what was found; attention that is spelled out is found after 'raise'"
+    "`graphlathe dump --format tree MODEL` shows what was found; spelled-out attention is found after 'raise'"
 )
 
 

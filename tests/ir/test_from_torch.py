@@ -259,6 +259,7 @@ def _refusals() -> list[Any]:
         pytest.param(lambda: trace(_Fixed(), (x,), dynamic={"y": {0: "B"}}), "no input 'y'", id="unknown-input"),
         pytest.param(lambda: trace(_Fixed(), (x,), dynamic={"x": {5: "B"}}), "axis 5", id="axis"),
         pytest.param(lambda: trace(_Fixed(), (x,), dynamic="all"), "unknown", id="word"),
+        pytest.param(lambda: trace(_Fixed(), (x,), dynamic=({0: "B"},)), "unknown", id="tuple"),  # type: ignore[arg-type]
     ]
 
 

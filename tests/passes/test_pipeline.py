@@ -64,6 +64,9 @@ WRONG: dict[str, tuple[str, str, str]] = {
     "wrong type": ("drop-layers{ratio=much}", "much", "not a number"),
     "wrong item": ("drop-layers{indices=1,b}", "1,b", "not a whole number"),
     "wrong choice": ("drop-layers{ratio=0.5 score=lss}", "lss", "did you mean 'loss'?"),
+    "a comma between options": ("drop-layers{ratio=0.1,score=loss}", "0.1,score", "separated by blanks"),
+    "a blank in a list": ("drop-layers{indices=1, 2}", " ", "a value is missing"),
+    "a blank instead of a comma": ("drop-layers{indices=1 2}", "2", "the values of a list by commas"),
     "given twice": ("drop-layers{ratio=0.1 ratio=0.2}", "ratio", "given twice"),
     "options that exclude each other": (
         "cse,drop-layers{ratio=0.1 indices=1}",

@@ -104,7 +104,7 @@ def test_bad_input_is_refused() -> None:
     refused(program, EvoPress(ratio=0.5), [], "needs calibration data")
     least = min_cost(program)
     error = str(refused(program, EvoPress(target=least - 1), data(), "out of reach"))
-    ends = [n.name for n in program.graph.nodes if any("get_attr" == a.op for a in n.all_input_nodes)]
+    ends = [n.name for n in program.graph.nodes if any(a.op == "get_attr" for a in n.all_input_nodes)]
     assert f"{least:,}" in error and f"never dropped: %{ends[-1]}" in error
     bad = data()
     bad[0]["x"][0, 0, 0] = torch.nan
