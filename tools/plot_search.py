@@ -43,8 +43,10 @@ def front(search: Search) -> Figure:
     )
     best = front_of(drawn)
     if best:
-        xs, ys = [p.cost for p in best], [p.score for p in best]
-        axes.plot(xs, ys, drawstyle="steps-post", color=INK, linewidth=1.4, label="Pareto front", zorder=3)
+        # What costs more than the last one is not better than it: the line goes on to the dearest candidate.
+        xs, ys = [*(p.cost for p in best), max(p.cost for p in drawn)], [*(p.score for p in best), best[-1].score]
+        marks = {"marker": ".", "markevery": range(len(best))}
+        axes.plot(xs, ys, drawstyle="steps-post", color=INK, linewidth=1.4, label="Pareto front", zorder=3, **marks)
     for number, (name, points) in enumerate(seeds.items()):
         color, marker = COLORS[number % len(COLORS)], _MARKS[number % len(_MARKS)]
         _scatter(axes, points, f"seed: {name}", color=color, marker=marker, size=50, edge="black", order=4)
@@ -123,7 +125,8 @@ def progress(search: Search) -> Figure:
     lower.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     figure.align_ylabels([upper, lower])
     upper.set_title(
-        f"Best of {steps[-1].evaluations:,} evaluations in {len(steps):,} generations: {steps[-1].best:.4g}",
+        # Number 0 is the choice among the starts.
+        f"Best of {steps[-1].evaluations:,} evaluations in {steps[-1].generation:,} generations: {steps[-1].best:.4g}",
         fontweight="bold",
     )
     return figure

@@ -23,6 +23,7 @@ _LETTERS = 14  # where they are no longer than that.
 _CELLS = 64  # Units up to which each has a cell of its own.
 _SHARES = 100  # Cells of a column that stand for more units than that.
 _AROUND = 1.0  # Inches above and below the cells of a map.
+_LOW = 1.0  # Inches of a color bar up to which there is room for the labels of its ends alone.
 _MANY = 100  # Scores from which on a few may lie outside the color scale.
 
 
@@ -192,6 +193,10 @@ def _map(values: np.ndarray[Any, Any], height: float, below: float) -> tuple[Fig
     bar = figure.colorbar(image, ax=axes, extend=extend, pad=0.01, fraction=0.04, aspect=max(8, 7 * height))
     bar.set_label("score" + (" (log scale)" if isinstance(norm, LogNorm) else ""))
     bar.outline.set_visible(False)
+    if height < _LOW:
+        ends = [float(norm.vmin or 0.0), float(norm.vmax or 0.0)]
+        bar.set_ticks(ends, labels=[f"{end:.3g}" for end in ends], minor=False)
+        bar.minorticks_off()
     return figure, axes
 
 

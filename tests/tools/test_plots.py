@@ -246,11 +246,27 @@ def test_the_front() -> None:
         "chosen",
         "budget: 82M parameters",
     }
-    assert drawn["Pareto front"].get_xydata().tolist() == [[70e6, 2.0], [80e6, 0.7], [90e6, 0.5]]
+    assert drawn["Pareto front"].get_xydata().tolist() == [[70e6, 2.0], [80e6, 0.7], [90e6, 0.5], [90e6, 0.5]]
     assert drawn["chosen"].get_offsets().tolist() == [[80e6, 0.7]]
     assert drawn["seed: loss"].get_offsets().tolist() == [[80e6, 0.7]]
     assert axes.get_title(loc="left") == "5 candidates by cost and score; 1 without a finite score left out"
     assert axes.get_xlabel() == "cost (parameters)"
+
+
+def test_a_front_of_one_point_goes_on_to_the_dearest_candidate() -> None:
+    data = plan()
+    for number, point in enumerate(data["search"]["evaluated"]):
+        point |= {"cost": 70e6 + number * 1e6, "score": 1.0 + number}
+    handles, labels = plan_figures(data)["search-front"].axes[0].get_legend_handles_labels()
+    line = dict(zip(labels, handles, strict=True))["Pareto front"]
+    assert line.get_xydata().tolist()[0] == [70e6, 1.0] and line.get_xydata().tolist()[-1][0] > 70e6
+
+
+def test_labels_of_a_low_color_bar_do_not_touch() -> None:
+    """One row of scores over orders of magnitude: the labels of the ends, and no others."""
+    data = {"sites": [site("drop-block", b, 1, [], scores=[10.0**-b]) for b in range(4)]}
+    bar = plan_figures(data)["scores"].axes[1]
+    assert [t.get_text() for t in bar.get_yticklabels()] == ["0.001", "1"] and not len(bar.get_yticks(minor=True))
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=30))
@@ -272,7 +288,7 @@ def test_the_progress() -> None:
     assert upper.lines[0].get_xydata().tolist() == [[8.0 * g + 8, 1 / (g + 1)] for g in range(5)]
     assert lower.lines[0].get_ydata().tolist() == [80e6] * 5
     assert lower.lines[1].get_ydata() == [82e6, 82e6]
-    assert upper.get_title(loc="left") == "Best of 40 evaluations in 5 generations: 0.2"
+    assert upper.get_title(loc="left") == "Best of 40 evaluations in 4 generations: 0.2"
 
 
 @pytest.mark.parametrize(("kind", "text"), [("ms", "12.3 ms"), ("bytes", "12.3 bytes"), ("macs", "multiply")])
