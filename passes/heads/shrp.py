@@ -43,9 +43,7 @@ from .planted import loud_head_case
 from .router import trained_usage
 from .usage import head_usage, most_used
 
-_LOOK = (
-    "`graphlathe dump --format tree MODEL` shows what was found; spelled-out attention is found after 'raise'"
-)
+_LOOK = "`graphlathe dump --format tree MODEL` shows what was found; spelled-out attention is found after 'raise'"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -76,9 +77,21 @@ class Encoder(Subject):
 
         A sentence encoder is asked about short texts, too: here about titles.
         """
-        paragraphs = self._corpus.slice(next(iter(self._corpus.domains)), "calibration").split("\n\n")
-        chosen = spread(paragraphs, count, "paragraphs")
-        return [self.feeds(text if index % 2 else first_sentence(text)) for index, text in enumerate(chosen)]
+        return self._mixed(spread(self._slice, count, "paragraphs"))
+
+    def training(self) -> list[Feeds]:
+        """As `pieces`; where that is more than the slice has, with paragraphs that are in no slice."""
+        count, own = self.case.training or self.case.calibration, self._slice
+        if count <= len(own):
+            return self.pieces(count)
+        return self._mixed([*own, *spread(self._corpus.rest, count - len(own), "paragraphs beyond the slices")])
+
+    @property
+    def _slice(self) -> list[str]:
+        return self._corpus.slice(next(iter(self._corpus.domains)), "calibration").split("\n\n")
+
+    def _mixed(self, texts: Sequence[str]) -> list[Feeds]:
+        return [self.feeds(text if index % 2 else first_sentence(text)) for index, text in enumerate(texts)]
 
     def _pairs(self) -> tuple[list[Feeds], list[Feeds]]:
         """Queries and documents: titles and paragraphs, or (without sections) the two halves of paragraphs."""

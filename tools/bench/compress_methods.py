@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -118,6 +118,7 @@ def run_pipeline(
     rank: int = 0,
     then: str | None = None,
     trains: bool = False,
+    training: int | None = None,
 ) -> Row:
     """Run one of our pipelines on the dense program and write the ONNX file.
 
@@ -130,8 +131,10 @@ def run_pipeline(
         rank: what ``$rank`` stands for: the rank of the maps in place of what is dropped whole.
         then: passes that train what came out, on more of the same text, to answer as the dense program does.
         trains: whether the pipeline trains by itself and gets as much.
+        training: pieces of text to train on; None: as many as the case says.
     """
     chosen = Case.from_json(case)
+    chosen = chosen if training is None else replace(chosen, training=training)
     subject = subject_of(chosen)
     module = subject.module()
     batches = subject.training() if trains else subject.calibration()

@@ -32,6 +32,8 @@ _DISTILL = {
 """Short training by subject: windows and images are one batch each, an encoder's are single paragraphs."""
 _HALVED = "steps=600 learning_rate=0.001 batches_per_step=8"
 """The training of an encoder that loses half of its blocks' parameters."""
+_TEXTS = 3800
+"""On so many texts, so that hardly any is seen twice: all that the source has beyond what is measured on."""
 _JUDGED = {(*_LANGUAGE, *_PHOTOS): "large=6", _ENCODER: "small=4 large=24"}
 """Batches that searches judge few candidates on; an encoder's are paragraphs, of which one says little."""
 _SEARCH = "generations=40 offspring=8 survivors=2 small=2 large=12 finalists=4 patience=20"
@@ -64,7 +66,8 @@ def _with_rank(plain: Method, rank: int) -> Method:
 def _shrp(label: str, options: str, level: str) -> Method:
     """SHRP of the encoder, which trains by itself."""
     pipeline = f"canonicalize,shrp{{stage=expand {options} {_HALVED}}}"
-    return ours(label, pipeline, given={"trains": True}, models=_ENCODER, levels=(level,), trained=True)
+    given = {"trains": True, **({"training": _TEXTS} if level == BY_BLOCKS else {})}
+    return ours(label, pipeline, given=given, models=_ENCODER, levels=(level,), trained=True)
 
 
 _WINDOW = ours("ShortGPT, window", "canonicalize,shortgpt{blocks=$count window rank=$rank}")
@@ -168,7 +171,7 @@ OURS: dict[str, tuple[Method, ...]] = {
         ours(
             "ShortGPT, window, distilled",
             "canonicalize,shortgpt{blocks=$count window}",
-            given={"then": f"distill{{{_HALVED}}}"},
+            given={"then": f"distill{{{_HALVED}}}", "training": _TEXTS},
             models=_ENCODER,
             levels=(BY_BLOCKS,),
             trained=True,

@@ -73,11 +73,13 @@ class Corpus:
         domains: paragraphs of each domain; the first is the one to calibrate on.
         sections: titles with their paragraphs, for retrieval; of the last domain, or empty.
         source: where it all is from.
+        rest: paragraphs of the first domain beyond its `LIMIT`, in no slice: for what trains on more text.
     """
 
     domains: dict[str, tuple[str, ...]]
     sections: tuple[Section, ...]
     source: str
+    rest: tuple[str, ...] = ()
 
     def slice(self, domain: str, part: str) -> str:
         """One slice of a domain as text: whole paragraphs, a blank line between them (see `cut`)."""
@@ -124,9 +126,13 @@ def corpus(folder: Path | None = None, domains: tuple[str, ...] = DOMAINS) -> Co
             f"'{base}' has no files of {', '.join(missing)}",
             remedy=f"apt-get download {' '.join(missing)}, and dpkg -x each into it",
         )
-    paragraphs = {name: tuple(_limited(prose(_paragraphs(files)))) for name, files in found.items()}
+    everything = {name: tuple(prose(_paragraphs(files))) for name, files in found.items()}
+    paragraphs = {name: tuple(_limited(texts)) for name, texts in everything.items()}
+    first = everything[domains[0]][len(paragraphs[domains[0]]) :]
+    known = {*paragraphs[domains[0]]}
+    rest = tuple(text for text in dict.fromkeys(first) if text not in known)
     packages = ", ".join(SOURCES[name].package for name in domains)
-    return Corpus(paragraphs, tuple(sections(found[domains[-1]])), f"Debian's {packages}")
+    return Corpus(paragraphs, tuple(sections(found[domains[-1]])), f"Debian's {packages}", rest)
 
 
 def _fetched(domains: tuple[str, ...]) -> Path | None:
