@@ -108,6 +108,12 @@ class TestText:
         seen, judged = (set(corpus.slice("faq", part).split("\n\n")) for part in ("calibration", "test"))
         assert len(seen) == 15 and len(judged) == 12 and not seen & judged
 
+    def test_what_is_beyond_the_slices_is_for_training(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(compress_text, "LIMIT", 20 * len(sentence(1)))
+        corpus = compress_text.corpus(self.unpacked(tmp_path))
+        known = {text for name in compress_text.SHARES for text in corpus.slice("faq", name).split("\n\n")}
+        assert len(known) + len(corpus.rest) == 30 and not known & {*corpus.rest} and 5 < len(corpus.rest) < 15
+
     def test_the_folder_of_the_variable_must_be_complete(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(compress_text.VARIABLE, str(tmp_path))
         with pytest.raises(GraphlatheError, match=r"no files of anarchism, debian-handbook[\s\S]*dpkg -x"):

@@ -80,11 +80,12 @@ class Encoder(Subject):
         return self._mixed(spread(self._slice, count, "paragraphs"))
 
     def training(self) -> list[Feeds]:
-        """As `pieces`; where that is more than the slice has, with paragraphs that are in no slice."""
+        """As `pieces`; where that is more than the slice has, with paragraphs that are in no slice (or all of them)."""
         count, own = self.case.training or self.case.calibration, self._slice
         if count <= len(own):
             return self.pieces(count)
-        return self._mixed([*own, *spread(self._corpus.rest, count - len(own), "paragraphs beyond the slices")])
+        rest = self._corpus.rest
+        return self._mixed([*own, *spread(rest, min(count - len(own), len(rest)), "paragraphs beyond the slices")])
 
     @property
     def _slice(self) -> list[str]:
