@@ -95,6 +95,7 @@ _ZEROS_BY_WANDA = ours(
     "canonicalize,evopress{mode=sparsity method=wanda target=$params levels=8 generations=30 offspring=8 large=6}",
     models=_LANGUAGE,
     sparse=True,
+    main=True,
 )
 _CHANNELS = ours(
     "optimal compensation, least squares",
@@ -121,8 +122,12 @@ OURS: dict[str, tuple[Method, ...]] = {
         *_distilled(_LEAST_SQUARES, main=True),
         _FLUCTUATION,
         *_distilled(_FLUCTUATION, main=True),
-        *_judged("Tyr", "canonicalize,tyr{sites=mlp target=$params generations=16 offspring=8 iterations=2 $judged}"),
-        _ZEROS,
+        *_judged(
+            "Tyr",
+            "canonicalize,tyr{sites=mlp target=$params generations=16 offspring=8 iterations=2 $judged}",
+            main=True,
+        ),
+        replace(_ZEROS, main=True),
         _ZEROS_BY_WANDA,
     ),
     "compress-heads": (
