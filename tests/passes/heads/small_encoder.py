@@ -80,6 +80,8 @@ class Encoder(nn.Module):
             return m["o"](value)
         if self.spelled == "flat":
             return m["o"](value.reshape(-1, width)).reshape(batch, tokens, -1)
+        if self.spelled == "rolled":
+            return m["o"](value.roll((2, 1), (1, 0))).roll((-2, -1), (1, 0))
         return m["o"](value.transpose(0, 1).reshape(-1, width)).reshape(tokens, batch, -1).transpose(0, 1)
 
     def feed_forward(self, m: Any, x: torch.Tensor) -> torch.Tensor:

@@ -186,12 +186,14 @@ def test_a_stream_expander_finds_units_that_do_nothing() -> None:
 
 
 @pytest.mark.parametrize("reads", ["heads", "stream"])
-@pytest.mark.parametrize(("spelled", "post"), [("flat", False), ("flat", True), ("turned", False), ("stream", False)])
+@pytest.mark.parametrize(
+    ("spelled", "post"), [("flat", False), ("flat", True), ("turned", False), ("rolled", False), ("stream", False)]
+)
 def test_how_positions_are_laid_out_makes_no_difference(spelled: str, post: bool, reads: str) -> None:
     """Maps over [batch * tokens] or [tokens * batch] in between: the same heads, the same closed forms."""
     settings = Shrp(stage="expand", reads=reads, heads=2, width=12, router_steps=3, steps=0)
     batches = data()
-    if spelled == "turned":
+    if spelled in ("turned", "rolled"):
         # Usage reads rows as they come, and a mask is only known for [batch, tokens] and [batch * tokens].
         batches = [{**batch, "attention_mask": torch.ones_like(batch["attention_mask"])} for batch in batches]
     plain, other = (run(encoder(spelled=s, post=post)[1], settings, batches) for s in ("", spelled))
