@@ -24,6 +24,7 @@ from .linear_texts import Bits, LinearLevel, LowRank, Sparse, correction_of, nee
 from .local.factorize import Factors, Whitened, whiten
 from .local.gptq import gptq
 from .local.layer_error import layer_error
+from .local.ria import ria_corrected, ria_sparse
 from .local.round_to_nearest import Quantized, quantize_groups
 from .local.sparsegpt import magnitude_sparse, sparsegpt, wanda_sparse
 from .local.storage import sparse_bytes
@@ -145,8 +146,8 @@ def _levels(program: Program, site: LinearSite, levels: Sequence[LinearLevel], g
 def _sparse(matrix: Tensor, gram: Tensor | None, level: Sparse) -> Tensor:
     if gram is None or level.method == "magnitude":
         return magnitude_sparse(matrix, level.nonzeros)
-    method = sparsegpt if level.method == "sparsegpt" else wanda_sparse
-    return method(matrix, gram, level.nonzeros)
+    methods = {"sparsegpt": sparsegpt, "wanda": wanda_sparse, "ria": ria_sparse, "ria-corrected": ria_corrected}
+    return methods[level.method](matrix, gram, level.nonzeros)
 
 
 def _codes(matrix: Tensor, gram: Tensor | None, level: Bits) -> Quantized:

@@ -18,7 +18,7 @@ from typing import Any
 from ...ir.errors import InputError
 from .local.round_to_nearest import BITS
 
-SPARSE_METHODS = ("sparsegpt", "wanda", "magnitude")
+SPARSE_METHODS = ("sparsegpt", "ria-corrected", "ria", "wanda", "magnitude")
 BITS_METHODS = ("gptq", "round-to-nearest")
 
 
@@ -28,7 +28,7 @@ class Sparse:
 
     Attributes:
         nonzeros: how many, of the whole layer.
-        method: how they are chosen, one of `SPARSE_METHODS`; ``sparsegpt`` also corrects them.
+        method: how they are chosen, one of `SPARSE_METHODS`; ``sparsegpt`` and ``ria-corrected`` also correct them.
         correction: rank of the maps beside them; 0 for none.
     """
 

@@ -97,6 +97,14 @@ _ZEROS_BY_WANDA = ours(
     sparse=True,
     main=True,
 )
+_ZEROS_BY_RIA = ours(
+    "EvoPress, sparsity by RIA, corrected",
+    "canonicalize,evopress{mode=sparsity method=ria-corrected target=$params levels=8 generations=30 offspring=8"
+    " large=6}",
+    models=_LANGUAGE,
+    sparse=True,
+    main=True,
+)
 _CHANNELS = ours(
     "optimal compensation, least squares",
     "canonicalize,fold-batchnorm,compress{sites=channels target=$params score=optimal-compensation multiple=16}",
@@ -129,6 +137,7 @@ OURS: dict[str, tuple[Method, ...]] = {
         ),
         replace(_ZEROS, main=True),
         _ZEROS_BY_WANDA,
+        _ZEROS_BY_RIA,
     ),
     "compress-heads": (
         ours("FLAP", "canonicalize,flap{sites=heads target=$params}", levels=(GROUPS,)),

@@ -31,7 +31,8 @@ def largest(scores: Tensor, count: int) -> Tensor:
     return mask.view(scores.shape)
 
 
-def _check_count(weight: Tensor, nonzeros: int) -> None:
+def check_count(weight: Tensor, nonzeros: int) -> None:
+    """Refuse a number of weights that a layer has not."""
     if not 0 <= nonzeros <= weight.numel():
         raise InputError(
             f"{nonzeros} nonzero weights of a layer that has {weight.numel()}",
@@ -70,7 +71,7 @@ def sparsegpt(weight: Tensor, gram: Tensor, nonzeros: int, *, damping: float = 0
         InputError: shapes that do not belong together, a count or block out of range.
         PreconditionError: weight or gram matrix is not finite.
     """
-    _check_count(weight, nonzeros)
+    check_count(weight, nonzeros)
     if block < 1:
         raise InputError(f"a block of {block} columns", expected="1 or more")
     start_weight, matrix = checked_layer(weight, gram)
@@ -102,7 +103,7 @@ def magnitude_sparse(weight: Tensor, nonzeros: int) -> Tensor:
     Raises:
         InputError: a count out of range.
     """
-    _check_count(weight, nonzeros)
+    check_count(weight, nonzeros)
     return weight.detach().masked_fill(~largest(weight.detach().abs(), nonzeros), 0)
 
 
@@ -119,7 +120,7 @@ def wanda_sparse(weight: Tensor, gram: Tensor, nonzeros: int) -> Tensor:
     Raises:
         InputError, PreconditionError: as `sparsegpt`.
     """
-    _check_count(weight, nonzeros)
+    check_count(weight, nonzeros)
     values, matrix = checked_layer(weight, gram)
     scores = values.abs() * matrix.diagonal().sqrt()
     rows, width = scores.shape
