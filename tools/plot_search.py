@@ -45,8 +45,17 @@ def front(search: Search) -> Figure:
     if best:
         # What costs more than the last one is not better than it: the line goes on to the dearest candidate.
         xs, ys = [*(p.cost for p in best), max(p.cost for p in drawn)], [*(p.score for p in best), best[-1].score]
-        marks = {"marker": ".", "markevery": range(len(best))}
-        axes.plot(xs, ys, drawstyle="steps-post", color=INK, linewidth=1.4, label="Pareto front", zorder=3, **marks)
+        axes.plot(
+            xs,
+            ys,
+            drawstyle="steps-post",
+            color=INK,
+            linewidth=1.4,
+            marker=".",
+            markevery=range(len(best)),
+            label="Pareto front",
+            zorder=3,
+        )
     for number, (name, points) in enumerate(seeds.items()):
         color, marker = COLORS[number % len(COLORS)], _MARKS[number % len(_MARKS)]
         _scatter(axes, points, f"seed: {name}", color=color, marker=marker, size=50, edge="black", order=4)

@@ -32,6 +32,7 @@ class HeadBlock:
         hidden: the layer's hidden channels; None where they cannot be cut.
         to_sum, to_mlp: how positions are rearranged from the heads' outputs to the sum that takes the attention, and
             to the feed-forward branch's output.
+        in_layer: the same from the feed-forward layer's hidden units to the sum that takes it.
     """
 
     index: int
@@ -45,6 +46,7 @@ class HeadBlock:
     hidden: ChannelSite | None
     to_sum: Steps
     to_mlp: Steps
+    in_layer: Steps
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,8 @@ def _read(
     if attention.blocked or mlp.blocked:
         return attention.blocked or mlp.blocked
     to_sum, to_mlp = (steps_between(output.node, end) for end in (attention.replaced, second.output))
-    if to_sum is None or to_mlp is None:
+    in_layer = steps_between(layer.up[0].node, mlp.replaced)
+    if to_sum is None or to_mlp is None or in_layer is None:
         return "positions are mixed between its heads and its feed-forward layer"
     if bool((output.labels < 0).any()):
         return "its output projection reads more than its heads"
@@ -157,4 +160,4 @@ def _read(
         return "its output projection is shared with another operator"
     down = layer.down.node if layer.down is not None else None
     units = next((h for h in sites.hidden if [c.node for c in h.consumers] == [down]), None)
-    return HeadBlock(index, block, own[0], output, attention, mlp, second, layer, units, to_sum, to_mlp)
+    return HeadBlock(index, block, own[0], output, attention, mlp, second, layer, units, to_sum, to_mlp, in_layer)

@@ -26,7 +26,7 @@ from ...ir.structure import MlpSite
 from ...ir.weights import Weight
 from .blocks import HeadBlock
 from .observed import Observed, affine_fit, twin, unexplained
-from .positions import rearranged, steps_between
+from .positions import rearranged
 
 _aten = torch.ops.aten
 _ACTIVATIONS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], torch._ops.OpOverload]] = {
@@ -95,7 +95,8 @@ def _fitted(
     inner = int(operand.meta["val"].shape[-1])
     heads, stream = now.rows([operand, base])
     up, added = (twin(dense.program, node) for node in (block.layer.up[0].node, block.mlp.replaced))
-    units, total = dense.rows([up, added], [steps_between(up, added) or (), ()])
+    inside = tuple(twin(dense.program, step) for step in block.in_layer)
+    units, total = dense.rows([up, added], [inside, ()])
     units = _used(units, block.layer)
     # A stream in half precision may differ from the sum's operands: everything from here on is float64.
     missing = total.double() - stream.double()

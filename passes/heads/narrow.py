@@ -82,12 +82,14 @@ def _refit(
     Where a norm stands between the map and the sum, or the weight is shared, only columns are chosen.
     """
     program = now.program
-    way = steps_between(consumer.node, unit.replaced) or ()
-    rows, base, own = now.rows([consumer.operand, unit.by, consumer.node], [way, (), way])
-    there = [twin(dense.program, node) for node in (unit.replaced, consumer.node)]
-    total, old = dense.rows(there, [(), tuple(twin(dense.program, step) for step in way)])
-    free = not other_readers(program, consumer) and _reaches(consumer.node, unit.replaced)
-    wanted = (total.double() - base.double()) if free else old.double()
+    way = steps_between(consumer.node, unit.replaced)
+    free = way is not None and not other_readers(program, consumer) and _reaches(consumer.node, unit.replaced)
+    if free:
+        rows, base, own = now.rows([consumer.operand, unit.by, consumer.node], [way or (), (), way or ()])
+        wanted = dense.rows([twin(dense.program, unit.replaced)])[0].double() - base.double()
+    else:
+        rows, own = now.rows([consumer.operand, consumer.node])
+        wanted = dense.rows([twin(dense.program, consumer.node)])[0].double()
     matrix = weight_matrix(program, consumer).double()
     constant = own.double() - rows.double() @ matrix.T  # its bias, whatever form that has
     kept = torch.arange(matrix.shape[1])

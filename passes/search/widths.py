@@ -137,7 +137,9 @@ def outside_of_blocks(program: Program, found: Structure) -> tuple[str, ...]:
     sizes: dict[fx.Node, int] = {}
     for weight in program.graph.find_nodes(op="get_attr"):
         held = program.weights.get(str(weight.target))
-        for user in () if held is None or weight in inside else weight.users:
+        if held is None or weight in inside:
+            continue
+        for user in weight.users:
             if user not in inside:
                 sizes[user] = sizes.get(user, 0) + math.prod(held.shape)
     largest = sorted(sizes, key=lambda node: -sizes[node])[:_NAMED]
