@@ -262,6 +262,11 @@ class TestProtocol:
         assert "cpu" not in here.hidden, "readers must see which times may be compared"
         asked.clear()
         assert run_parts("compress-depth", parts, Run(known=here.rows)).rows == here.rows
+        asked.clear()
+        here.rows[1]["T2_seconds"] = None
+        again = run_parts("compress-depth", parts, Run(known=here.rows))
+        assert asked[:2] == ["write_dense", "evaluate"], "limits in milliseconds are shares of the dense model's time"
+        assert again.rows[1]["T2_seconds"] == 1.0
 
     def test_a_part_is_skipped_only_for_another_model(self, asked: list[str]) -> None:
         assert not run_parts("compress-depth", PARTS, Run(only="minilm-l6, 1 of 6 blocks")).rows and not asked

@@ -163,7 +163,7 @@ OURS: dict[str, tuple[Method, ...]] = {
         ),
         _ANYTHING,
         _with_rank(_ANYTHING, 128),
-        replace(_ZEROS, levels=(BY_PARAMETERS,)),
+        replace(_ZEROS_BY_RIA, levels=(BY_PARAMETERS,), main=False),
         ours(
             "measured levels, milliseconds",
             f"canonicalize,compress{{sites={_EVERYTHING} target=$ms budget=ms allocator=knapsack"

@@ -100,7 +100,8 @@ def _run_part(suite: str, part: Part, case: Case, work: Path, context: Run, resu
         result.notes.append(f"{case.model}: text from {facts['source']}")
     recipe = _recipe(case)
     bases = {row.get("cpu"): row for row in known if row["recipe"] == recipe}
-    if (base := bases.get(made["cpu"])) is None:
+    base = bases.get(made["cpu"])
+    if base is None or not _complete(base):
         head = {"model": case.model, "level": "dense", "method": "-", "by": "-", "state": "ok"}
         base = head | _measured(case, dense, dense) | {"recipe": recipe} | made
     result.rows += (bases | {made["cpu"]: base}).values()
