@@ -88,7 +88,8 @@ def _run_part(suite: str, part: Part, case: Case, work: Path, context: Run, resu
     known = [row for row in context.known if row.get("recipe") and row.get("model") == case.model]
     earlier = {row["recipe"]: row for row in known if row["level"] != "dense"}
     made = {"commit": commit(), "cpu": cpu_model()}
-    if context.only and _names_another(context.only, case.model) and not earlier:
+    another = context.only is not None and _names_another(context.only, case.model)
+    if another and not earlier:
         return
     context.say(f"{case.model}: the dense model")
     dense = work / f"{case.model}-dense.onnx"
@@ -100,11 +101,11 @@ def _run_part(suite: str, part: Part, case: Case, work: Path, context: Run, resu
         result.notes.append(f"{case.model}: text from {facts['source']}")
     recipe = _recipe(case)
     bases = {row.get("cpu"): row for row in known if row["recipe"] == recipe}
-    base = bases.get(made["cpu"])
-    if base is None or not _complete(base):
+    base = bases.get(made["cpu"]) or (next(iter(bases.values()), None) if another else None)
+    if base is None or not (another or _complete(base)):
         head = {"model": case.model, "level": "dense", "method": "-", "by": "-", "state": "ok"}
         base = head | _measured(case, dense, dense) | {"recipe": recipe} | made
-    result.rows += (bases | {made["cpu"]: base}).values()
+    result.rows += (bases | {base.get("cpu"): base}).values()
     rows: list[tuple[Method, Level, Row]] = []
     levels = list(part.levels(facts, base))
     for level in levels[: part.quick_levels] if context.quick else levels:
