@@ -212,7 +212,7 @@ _FITTING = ("llama", "bert", "gpt2", "vit", "swin", "opt")
 @pytest.mark.parametrize(
     "name",
     zoo_parameters(
-        [*_FITTING, "openai_gpt", "qwen3", "phi3", "olmo2", "biogpt", "roberta", "distilbert", "modernbert", "bart",
+        [*_FITTING, "qwen3", "phi3", "olmo2", "biogpt", "roberta", "distilbert", "modernbert", "bart",
          "m2m_100", "umt5", "dinov2", "clip_vision", "yolos"],
         quick=_FITTING[:3],
     ),
