@@ -151,7 +151,7 @@ def test_other_modes_of_evopress(name: str, options: str) -> None:
     text = f"evopress{{{options} ratio=0.3 generations=1 offspring=2}}"
     manager = PassManager(text, calibration=calibration, verify=2, costs=False)
     if not has_sites:
-        with pytest.raises(PreconditionError, match="nothing of the kinds linear layers|has no residual stream"):
+        with pytest.raises(PreconditionError, match=r"nothing of the kinds linear layers|has no residual stream"):
             manager.run(canonical)
         return
     after, report = manager.run(canonical)
