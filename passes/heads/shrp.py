@@ -71,6 +71,9 @@ class Shrp(Pass):
     steps: int = option(300, ge=0, help="steps of distillation; 0 for the closed form alone")
     learning_rate: float = option(1e-3, gt=0, help="the highest learning rate of both trainings")
     batches_per_step: int = option(1, ge=1, help="calibration batches for one training step")
+    feature_weight: float = option(
+        1.0, ge=0, help="of the streams after the blocks beside the outputs, in the distillation; 0 for outputs alone"
+    )
     seed: int = option(0, ge=0, help="of the order of batches")
 
     def __post_init__(self) -> None:
@@ -165,6 +168,7 @@ class Shrp(Pass):
             learning_rate=self.learning_rate,
             batches_per_step=self.batches_per_step,
             hold_out=0.0 if single else 0.1,
+            feature_weight=self.feature_weight,
             seed=self.seed,
         )
 

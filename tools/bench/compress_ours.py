@@ -70,6 +70,19 @@ def _shrp(label: str, options: str, level: str) -> Method:
     return ours(label, pipeline, given=given, models=_ENCODER, levels=(level,), trained=True)
 
 
+def _outputs_alone(plain: Method) -> Method:
+    """SHRP that is trained to give the outputs, and not the streams in between."""
+    pipeline = plain.arguments["pipeline"].replace("stage=expand", "stage=expand feature_weight=0")
+    label = plain.label.replace(", distilled", ", distilled by outputs alone")
+    return replace(plain, label=label, arguments={**plain.arguments, "pipeline": pipeline})
+
+
+_STREAM = _shrp("SHRP that reads the stream, distilled", "reads=stream heads=8 width=680", BY_BLOCKS)
+_STREAM_AS_FAST = _shrp(
+    "SHRP that reads the stream, as many MACs as whole blocks, distilled", "reads=stream heads=8 width=592", BY_BLOCKS
+)
+
+
 _WINDOW = ours("ShortGPT, window", "canonicalize,shortgpt{blocks=$count window rank=$rank}")
 _DEPTH = ours("EvoPress", _EVOPRESS)
 _COMP = ours("COMP", "canonicalize,comp{target=$params}")
@@ -176,12 +189,10 @@ OURS: dict[str, tuple[Method, ...]] = {
             levels=(BY_TIME,),
         ),
         _shrp("SHRP, distilled", "heads=1 width=384", BY_SPEED),
-        _shrp("SHRP that reads the stream, distilled", "reads=stream heads=8 width=680", BY_BLOCKS),
-        _shrp(
-            "SHRP that reads the stream, as many MACs as whole blocks, distilled",
-            "reads=stream heads=8 width=592",
-            BY_BLOCKS,
-        ),
+        _STREAM,
+        _outputs_alone(_STREAM),
+        _STREAM_AS_FAST,
+        _outputs_alone(_STREAM_AS_FAST),
         ours(
             "ShortGPT, window, distilled",
             "canonicalize,shortgpt{blocks=$count window}",

@@ -227,6 +227,19 @@ def test_blocks_of_the_zoo_as_they_are_traced(name: str, reads: str) -> None:
     assert all(bool(v.isfinite().all()) for v in changed.run(changed.feeds(**inputs(name)[0])).values())
 
 
+def test_without_features_the_outputs_alone_are_trained() -> None:
+    """The same closed form is judged by the outputs, and with a weight by the streams after the blocks as well."""
+    program, batches = encoder()[1], data(6)
+    settings: dict[str, Any] = {"stage": "expand", "heads": 1, "width": 8, "router_steps": 0, "steps": 5}
+
+    def held_out(weight: float) -> float:
+        return run(program, Shrp(**settings, feature_weight=weight), batches)[1].plan["distillation"]["held_out_before"]
+
+    alone, beside, more = (held_out(weight) for weight in (0.0, 1.0, 3.0))
+    assert 0 < alone < beside
+    assert more - alone == pytest.approx(3 * (beside - alone), rel=1e-4)
+
+
 def test_a_layer_of_bert_base_keeps_the_published_number_of_parameters() -> None:
     """One layer: query, key and value of one head, the expander 64 -> 3072 -> 768, and both norms."""
     from transformers import BertConfig, BertModel
