@@ -70,19 +70,6 @@ def _shrp(label: str, options: str, level: str) -> Method:
     return ours(label, pipeline, given=given, models=_ENCODER, levels=(level,), trained=True)
 
 
-def _outputs_alone(plain: Method) -> Method:
-    """SHRP that is trained to give the outputs, and not the streams in between."""
-    pipeline = plain.arguments["pipeline"].replace("stage=expand", "stage=expand feature_weight=0")
-    label = plain.label.replace(", distilled", ", distilled by outputs alone")
-    return replace(plain, label=label, arguments={**plain.arguments, "pipeline": pipeline})
-
-
-_STREAM = _shrp("SHRP that reads the stream, distilled", "reads=stream heads=8 width=680", BY_BLOCKS)
-_STREAM_AS_FAST = _shrp(
-    "SHRP that reads the stream, as many MACs as whole blocks, distilled", "reads=stream heads=8 width=592", BY_BLOCKS
-)
-
-
 _WINDOW = ours("ShortGPT, window", "canonicalize,shortgpt{blocks=$count window rank=$rank}")
 _DEPTH = ours("EvoPress", _EVOPRESS)
 _COMP = ours("COMP", "canonicalize,comp{target=$params}")
@@ -116,7 +103,6 @@ _ZEROS_BY_RIA = ours(
     " large=6}",
     models=_LANGUAGE,
     sparse=True,
-    main=True,
 )
 _CHANNELS = ours(
     "optimal compensation, least squares",
@@ -176,7 +162,7 @@ OURS: dict[str, tuple[Method, ...]] = {
         ),
         _ANYTHING,
         _with_rank(_ANYTHING, 128),
-        replace(_ZEROS_BY_RIA, levels=(BY_PARAMETERS,), main=False),
+        replace(_ZEROS_BY_RIA, levels=(BY_PARAMETERS,)),
         ours(
             "measured levels, milliseconds",
             f"canonicalize,compress{{sites={_EVERYTHING} target=$ms budget=ms allocator=knapsack"
@@ -189,10 +175,13 @@ OURS: dict[str, tuple[Method, ...]] = {
             levels=(BY_TIME,),
         ),
         _shrp("SHRP, distilled", "heads=1 width=384", BY_SPEED),
-        _STREAM,
-        _outputs_alone(_STREAM),
-        _STREAM_AS_FAST,
-        _outputs_alone(_STREAM_AS_FAST),
+        *(
+            _shrp(
+                f"SHRP that reads the stream{faster}, distilled{how}", f"{more}reads=stream heads=8 {width}", BY_BLOCKS
+            )
+            for faster, width in (("", "width=680"), (", as many MACs as whole blocks", "width=592"))
+            for how, more in (("", ""), (" by outputs alone", "feature_weight=0 "))
+        ),
         ours(
             "ShortGPT, window, distilled",
             "canonicalize,shortgpt{blocks=$count window}",

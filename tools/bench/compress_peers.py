@@ -88,7 +88,7 @@ def load_peer(folder: str, name: str) -> ModuleType:
 
 def peer(package: str, label: str, function: str, **more: Any) -> Method:
     """A method of another tool; its step is in ``compress_<package>.py``."""
-    keys = ("sparse", "models", "levels", "trained", "main")
+    keys = ("sparse", "models", "levels", "trained")
     settings = {key: more.pop(key) for key in keys if key in more}
     step = f"{PACKAGE}.compress_{package}:{function}"
     return Method(label, BY[package], step, more, **settings)
@@ -107,9 +107,9 @@ _PASSTHROUGH = (
 )
 
 
-def _sparse(*, main: bool = False) -> tuple[Method, ...]:
+def _sparse() -> tuple[Method, ...]:
     return tuple(
-        peer("llmcompressor", label, "sparsify", modifier=modifier, sparse=True, models=_LANGUAGE, main=main)
+        peer("llmcompressor", label, "sparsify", modifier=modifier, sparse=True, models=_LANGUAGE)
         for label, modifier in (("Wanda", "WandaPruningModifier"), ("SparseGPT", "SparseGPTModifier"))
     )
 
@@ -127,7 +127,7 @@ PEERS: dict[str, tuple[Method, ...]] = {
         peer("optipfair", "MLP, peak-to-peak with data", "width"),
         peer("torch_kirigami", "MLP, group magnitude", "prune", parts=["mlp"]),
         peer("onnxsim", "structured Wanda", "prune", kinds=["structured"]),
-        *_sparse(main=True),
+        *_sparse(),
     ),
     "compress-heads": (
         peer("torch_pruning", "heads, group magnitude", "prune", parts=["heads"], importance="magnitude"),
