@@ -174,7 +174,10 @@ def run_graph(
                         raise
                     except Exception as error:
                         raise GraphlatheError(
-                            f"{node.target} failed: {error}", node=node.name, origin=node.meta.get("origin")
+                            f"{node.target} failed: {error}",
+                            node=node.name,
+                            origin=node.meta.get("origin"),
+                            remedy=_remedy(node, args),
                         ) from error
             if held is not None and (node.op in ("placeholder", "get_attr") or node in given):
                 held |= memory_of(value)
@@ -186,3 +189,13 @@ def run_graph(
             if not node.users:
                 del env[node]
     raise GraphlatheError("the graph has no output node")
+
+
+def _remedy(node: fx.Node, args: Sequence[Any]) -> str | None:
+    """What to do about an operator that failed, where its operands tell."""
+    if node.target is torch.ops.aten.embedding.default and args[1].numel() and int(args[1].max()) >= len(args[0]):
+        return (
+            f"{int(args[1].max())} was looked up in a table of {len(args[0])} rows: give smaller ids, or, where the "
+            "table is of positions, shorter inputs"
+        )
+    return None

@@ -32,7 +32,11 @@ def find_tokenizer(given: Path | None, model: Path) -> Path:
         return model
     if model.is_dir() and (any((model / name).exists() for name in _TOKENIZER_FILES) or any(model.glob("*.gguf"))):
         return model
-    raise ImportModelError(f"'{model}' brings no tokenizer", remedy="name a folder or GGUF file with --tokenizer")
+    raise ImportModelError(
+        f"'{model}' brings no tokenizer",
+        remedy="name a folder or GGUF file with --tokenizer; "
+        "for a model that reads no tokens, give arrays (.npz, .npy) instead of text",
+    )
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:

@@ -40,10 +40,13 @@ class WidthPass(Pass):
         needs = [f"the score '{recipe.score}'"] if CHANNEL_SCORES[recipe.score].calibration else []
         needs += [f"the compensation '{recipe.compensation}'"] if recipe.compensation != "none" else []
         if needs and not ctx.calibration and recipe.ratio != 0:
+            limit = f"ratio={recipe.ratio:g}" if recipe.target is None else f"target={recipe.target:.12g}"
+            limit += f" budget={recipe.unit}" if recipe.unit != "params" else ""
             raise PreconditionError(
                 f"{' and '.join(needs)} need{'s' if len(needs) == 1 else ''} calibration data",
                 pass_name=self.name,
-                remedy="pass calibration= (or --calibration FILE), or use compress{score=magnitude compensation=none}",
+                remedy="pass calibration= (or --calibration FILE), or use "
+                f"compress{{{limit} score=magnitude compensation=none}}",
             )
 
     def ensure(self, before: Program, program: Program, stats: Stats) -> None:

@@ -166,8 +166,9 @@ def test_an_operator_that_fails_is_named(program: Program) -> None:
     program.graph.find_nodes(op="call_function", target=aten.embedding.default)[0].meta["origin"] = "model.embed"
     with pytest.raises(
         GraphlatheError, match=r"aten\.embedding\.default failed.*\(node %embedding_default, from model"
-    ):
+    ) as caught:
         program(IDS + 100, PAST)
+    assert f"{int(IDS.max()) + 100} was looked up in a table of 7 rows" in (caught.value.remedy or "")
 
 
 @given(program=programs())

@@ -284,6 +284,7 @@ BAD = [
     ("optimize {files}/saved -p cse --disable-pass csee", "did you mean 'cse'?"),
     ("optimize {files}/saved -p cse --example S=x", "NAME=N"),
     ("optimize {files}/saved -p cse --calibration {files}/text.txt -o out.onnx", "--tokenizer"),
+    ("optimize {files}/saved -p cse --calibration {files}/text.txt -o out.onnx", "arrays (.npz, .npy)"),
     ("optimize {files}/saved -p cse --calibration {files}/text.txt --tokenizer {files}/none", "no tokenizer"),
     ("optimize {files}/saved -p cse --calibration {files}/empty.txt --tokenizer {files}/tokenizer", "empty"),
     ("optimize {files}/saved -p cse --calibration none.txt --tokenizer {files}/tokenizer", "none.txt"),

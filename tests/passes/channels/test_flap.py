@@ -12,6 +12,7 @@ from graphlathe.ir.errors import PipelineError
 from graphlathe.ir.from_torch import trace
 from graphlathe.passes.base import Batch
 from graphlathe.passes.channels.flap import Flap
+from graphlathe.passes.pipeline import parse_pipeline
 from tests.passes.channels.tiny import (
     WIDTH,
     Attention,
@@ -200,7 +201,9 @@ def test_what_stays_is_a_multiple_and_no_less_than_the_floor() -> None:
 
 def test_bad_input_is_refused() -> None:
     program = program_of(stack(Mlp(8), Mlp(8)))
-    refused(program, Flap(ratio=0.5), None, "need calibration data|needs calibration data")
+    advice = refused(program, Flap(ratio=0.5), None, "need calibration data|needs calibration data").remedy or ""
+    advised = next(parse_pipeline(advice.rpartition("use ")[2]).passes())
+    assert removed(run(program, advised, None)[1])
     refused(program, Flap(ratio=0.5), [], "need calibration data|needs calibration data")
     bad = data()
     bad[1]["x"][0, 0, 0] = torch.nan
