@@ -6,7 +6,8 @@ its query heads); `cut` removes units from a program.
 
 from __future__ import annotations
 
+from .contractions import KERNEL
 from .cut import cut, cut_all
 from .groups import ChannelGroup, Member, find_groups
 
-__all__ = ["ChannelGroup", "Member", "cut", "cut_all", "find_groups"]
+__all__ = ["KERNEL", "ChannelGroup", "Member", "cut", "cut_all", "find_groups"]

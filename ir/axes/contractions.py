@@ -7,6 +7,9 @@ from torch import fx
 from .pointwise import broadcast
 from .relate import Relate, rule, same_size
 
+KERNEL = "it is a dimension of a convolution's kernel"
+"""Why the window of a convolution is not cut: it is no channel, so nobody expects that."""
+
 
 @rule("linear")
 def _linear(r: Relate) -> None:
@@ -87,7 +90,7 @@ def _convolution(r: Relate) -> None:
     for dim in range(2, r.rank(x)):
         r.pin((x, dim), f"{r.name} slides over it")
         r.pin((y, dim), f"{r.name} slides over it")
-        r.pin((weight, dim), "it is a dimension of a convolution's kernel")
+        r.pin((weight, dim), KERNEL)
     r.tie((x, 0), (y, 0))
     if bias is not None:
         r.tie((bias, 0), (y, 1))

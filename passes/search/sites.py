@@ -7,12 +7,13 @@ group's unit and from the operators that read its channels.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import fx
 
-from ...ir.axes import ChannelGroup, find_groups
+from ...ir.axes import KERNEL, ChannelGroup, find_groups
 from ...ir.program import Program
 from ...ir.structure import Structure
 from .consumers import Consumer, read_consumers
@@ -85,17 +86,21 @@ def channel_sites(
         entry: the entry to look at.
 
     Returns:
-        The sites whose channels can be cut, and for those whose cannot the reasons with their counts.
+        The sites whose channels can be cut, and for those whose cannot the reasons with their counts: those that hold
+        the most weights first.
     """
     graph = program.entries[entry].graph
     position = {node: i for i, node in enumerate(graph.nodes)}
     names = {node.name: node for node in graph.nodes}
     home = _Home(found)
-    blocked: dict[str, int] = {}
+    blocked = Counter[str]()
+    held = Counter[str]()
     drafts: list[tuple[int, str, ChannelGroup, tuple[Consumer, ...], tuple[str, ...]]] = []
     for group in find_groups(program, entry):
         if not group.prunable:
-            blocked[group.reason] = blocked.get(group.reason, 0) + 1
+            if KERNEL not in group.reason:
+                blocked[group.reason] += 1
+                held[group.reason] += sum(program.weights[member.weight].numel for member in group.members)
             continue
         consumers, unread = read_consumers(program, group)
         kind = _kind(group, consumers, home)
@@ -109,7 +114,7 @@ def channel_sites(
             continue
         block = home.block_of(c.node for c in consumers)
         sites.append(ChannelSite(index, group, kind, _label(kind, index, block), consumers, unread, block, first))
-    return sites, blocked
+    return sites, {reason: blocked[reason] for reason, _ in held.most_common()}
 
 
 class _Home:

@@ -161,6 +161,7 @@ OURS: dict[str, tuple[Method, ...]] = {
             levels=(BY_PARAMETERS,),
         ),
         _ANYTHING,
+        *_distilled(_ANYTHING),
         _with_rank(_ANYTHING, 128),
         replace(_ZEROS_BY_RIA, levels=(BY_PARAMETERS,)),
         ours(
