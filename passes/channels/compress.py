@@ -28,6 +28,7 @@ from ..search.recipe import ALLOCATORS, Recipe, table_of
 from ..search.scores import CHANNEL_SCORES
 from ..search.searching import cheap_states, search, two_stages
 from ..search.sites import KINDS
+from ..search.window_seeds import window_seeds
 from .planted import constant_channels_case
 from .width import WidthPass
 
@@ -119,7 +120,7 @@ class Compress(WidthPass):
                 return levels.untouched, None
             stages = two_stages(len(batches), survivors=3, small=self.small, large=self.large)
             settings = Settings(generations=self.generations, offspring=self.offspring, stages=stages, seed=self.seed)
-            seeds = cheap_states(levels, limit)
+            seeds = cheap_states(levels, limit) | window_seeds(program, table.places, levels, limit, ctx)
             outcome, history = search(
                 program, table.places, levels, limit, batches, ctx, settings, seeds, self.finalists
             )

@@ -110,6 +110,11 @@ _CHANNELS = ours(
     models=_PHOTOS,
 )
 _ANYTHING = replace(_DEPTH, levels=(BY_PARAMETERS,))
+_WINDOW_AND_NEURONS = ours(
+    "ShortGPT, window, maps of rank 128, then neurons",
+    "canonicalize,shortgpt{ratio=0.2 window rank=128},compress{sites=mlp target=$params score=optimal-compensation}",
+    levels=(BY_PARAMETERS,),
+)
 
 OURS: dict[str, tuple[Method, ...]] = {
     "compress-depth": (
@@ -160,8 +165,9 @@ OURS: dict[str, tuple[Method, ...]] = {
             " score=optimal-compensation steps=8 generations=40 offspring=12 $judged}",
             levels=(BY_PARAMETERS,),
         ),
+        _WINDOW_AND_NEURONS,
+        *_distilled(_WINDOW_AND_NEURONS),
         _ANYTHING,
-        *_distilled(_ANYTHING),
         _with_rank(_ANYTHING, 128),
         replace(_ZEROS_BY_RIA, levels=(BY_PARAMETERS,)),
         ours(

@@ -188,6 +188,15 @@ def test_measured_levels_are_where_a_search_starts() -> None:
     assert removes[1][0] > removes[1][1] and removes[0] != removes[1]
 
 
+def test_a_search_starts_from_windows_with_the_rest_narrower() -> None:
+    program = program_of(stack(*(part for _ in range(4) for part in (Attention(2, 2), Mlp(8)))))
+    sites = ("heads", "mlp", "drop-attention", "drop-mlp")
+    settings = Compress(sites=sites, ratio=0.4, allocator="evolution", generations=0, offspring=2, steps=2)
+    _, stats = run(program, settings, data())
+    tried = {point["origin"] for point in stats.plan["search"]["evaluated"]}
+    assert "seed: window of 1, knapsack" in tried and tried & {"seed: uniform", "seed: greedy", "seed: knapsack"}
+
+
 def test_a_search_judges_on_as_much_as_it_is_told() -> None:
     """The candidates that survive a generation on so many batches, the states that led it on all."""
     program = program_of(stack(Mlp(8), Mlp(8), Mlp(8)))
