@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -17,12 +18,13 @@ from graphlathe.ir.errors import GraphlatheError
 from graphlathe.ir.load import load
 from graphlathe.passes.search import milliseconds
 from graphlathe.passes.search.paired_timing import paired_rounds
+from graphlathe.passes.search.plan import FORMAT
 from graphlathe.runtime.session import ProgramSession
 from graphlathe.tools.bench import base as bench_base
 from graphlathe.tools.bench import compress_run
 from graphlathe.tools.bench.base import Goal, Record, Result, Row, Run, Suite, known_rows, run_suite
 from graphlathe.tools.bench.compress_goals import cost_of, goals_of, latency_over_macs
-from graphlathe.tools.bench.compress_methods import Level, Method, run_pipeline
+from graphlathe.tools.bench.compress_methods import Level, Method, _Kept, run_pipeline
 from graphlathe.tools.bench.compress_ours import OURS
 from graphlathe.tools.bench.compress_peers import PEERS
 from graphlathe.tools.bench.compress_run import Part, run_method, run_parts
@@ -316,6 +318,30 @@ class TestProtocol:
         assert all(found["search_units"] > plain["search_units"] > 0 for found in rows)
         outputs = [load(tmp_path / f"{name}.onnx").run(Toy(TOY).example())["logits"] for name in ("shared", "alone")]
         torch.testing.assert_close(*outputs)
+
+    @pytest.mark.parametrize(("asked", "found"), [("rank=64", [64, 0]), ("rank=$rank", [16, 16])])
+    def test_plans_keep_the_rank_that_the_pipeline_says_itself(
+        self, asked: str, found: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What is made again from plans is what was made: only ``$rank`` is another one for another method."""
+        made = {"a": {"format": FORMAT, "rank": 64}, "b": {"format": FORMAT, "rank": 0}}
+        case, text = (
+            replace(TOY, work=str(tmp_path)),
+            f"canonicalize,shortgpt{{blocks=1 {asked}}},compress{{ratio=0.5}}",
+        )
+        _Kept(case, text.replace("$rank", "0")).save(made, {"search_units": 1})
+        seen: list[int] = []
+
+        def optimized(program: Any, passes: str, **more: Any) -> Any:
+            paths = re.findall(r'path="([^"]+)"', passes)
+            seen.extend(json.loads(Path(path).read_text())["rank"] for path in paths)
+            raise GraphlatheError("seen enough")
+
+        monkeypatch.setattr("graphlathe.tools.bench.compress_methods.subject_of", Toy)
+        monkeypatch.setattr("graphlathe.tools.bench.compress_methods.optimize", optimized)
+        with pytest.raises(GraphlatheError, match="seen enough"):
+            run_pipeline(case.to_json(), LEVEL, str(tmp_path / "a.onnx"), text, rank=16)
+        assert seen == found
 
     def test_what_is_timed_to_search_counts(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Every run of a session is one of the whole batch, also where the plan is taken over, and then once."""

@@ -142,7 +142,7 @@ def run_pipeline(
     text = fill(pipeline, {**level, "rank": rank})
     own, plain = _Kept(chosen, text), _Kept(chosen, fill(pipeline, {**level, "rank": 0}))
     source = next((kept for kept in (own, plain) if kept.exists), None)
-    steps = text if source is None else source.pipeline(rank)
+    steps = text if source is None else source.pipeline(rank if "$rank" in pipeline else None)
     with Search(subject, module) as search:
         # Quality is measured on the test data, for all methods alike.
         settings: dict[str, Any] = {"progress": False, "costs": False, "drift_batches": 0}
@@ -172,11 +172,11 @@ class _Kept:
     def exists(self) -> bool:
         return self._folder is not None and (self._folder / "cost.json").is_file()
 
-    def pipeline(self, rank: int) -> str:
-        """The plans as a pipeline, with maps of this rank in place of what they drop."""
+    def pipeline(self, rank: int | None) -> str:
+        """The plans as a pipeline, with maps of this rank in place of what they drop; None: of their own."""
         assert self._folder is not None
         plans = sorted(self._folder.glob("plan-*.json"))
-        for plan in plans:
+        for plan in plans if rank is not None else ():
             plan.write_text(json.dumps({**json.loads(plan.read_text()), "rank": rank}))
         return ",".join(["canonicalize", *(f'apply-plan{{path="{plan}"}}' for plan in plans)])
 
