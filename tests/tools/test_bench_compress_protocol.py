@@ -76,6 +76,11 @@ class TestGoals:
         assert only_value(found, "ppl_faq over") == pytest.approx(20 / 25)
         # Of 20 - 10 lost on the domain that training did not see, 15 came back.
         assert only_value(found, "brings back") == pytest.approx(1.5)
+        plain, trained = (
+            measured("ours", label, row(9.0, 100), trained=label == "t", restores="a" if label == "t" else None)
+            for label in "at"
+        )
+        assert not any("brings back" in name for name in goals(plain, trained)), "nothing was lost"
 
     def test_zeros_are_compared_by_what_is_not_zero(self) -> None:
         method, level, values = measured("x", "c", row(9.0, 120, nonzeros=100), sparse=True)

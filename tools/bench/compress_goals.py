@@ -121,7 +121,10 @@ def _latency_goals(where: str, base: Row, rows: Sequence[Measured]) -> list[Goal
 
 
 def _recovery_goals(where: str, base: Row, rows: Sequence[Measured], scores: Sequence[Score]) -> list[Goal]:
-    """``(before - after) / (before - dense)`` on the unseen domain, for every result of training."""
+    """``(before - after) / (before - dense)`` on the unseen domain, for every result of training.
+
+    Where nothing was lost without training, there is nothing to win back, and no goal.
+    """
     plain = {method.label: row for method, _, row in rows}
     goals: list[Goal] = []
     for method, _, row in rows:
@@ -130,7 +133,9 @@ def _recovery_goals(where: str, base: Row, rows: Sequence[Measured], scores: Seq
         for score in (score for score in scores if score.unseen):
             before = _value(plain.get(method.restores, {}), score)
             lost = before - _value(base, score)
-            value = (before - _value(row, score)) / lost if lost else math.nan
+            if lost >= 0 if score.higher else lost <= 0:
+                continue
+            value = (before - _value(row, score)) / lost
             name = f"{where}: share of the {score.column} lost by '{method.restores}' that '{method.label}' brings back"
             goals.append(Goal(name, value, RECOVERED, at_least=True))
     return goals
