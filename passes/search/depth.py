@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ...ir.errors import PreconditionError
 from ...ir.program import Program
 from ..base import Context
 from .allocators.greedy import greedy
@@ -16,7 +15,7 @@ from .allocators.uniform import uniform
 from .apply import DROPS
 from .levels import Place
 from .scores import SCORES
-from .scores.window import best_window
+from .scores.window import best_windows
 from .units import removable_units
 
 
@@ -59,19 +58,16 @@ def _windows(
     """The best run of neighbouring blocks, as short as fits the limit."""
     blocks = removable_units(ctx.structure(program), "block")
     homes = [place.block for place in places]
-    for count in range(1, len(blocks)):
-        try:
-            chosen, _ = best_window(program, blocks, count, ctx) if _worth(table, homes, count, limit) else ([], {})
-        except PreconditionError:
-            return {}  # no run of so many neighbours can be dropped
+    lengths = [count for count in range(1, len(blocks)) if _worth(table, homes, count, limit)]
+    for count, (chosen, _) in best_windows(program, blocks, lengths, ctx).items():
         state = tuple(int(home in chosen) for home in homes)
-        if chosen and table.cost(state) <= limit:
+        if table.cost(state) <= limit:
             return {f"window of {count}": state}
     return {}
 
 
 def _worth(table: LevelTable, homes: Sequence[int | None], count: int, limit: float) -> bool:
-    """Whether dropping so many blocks, the dearest ones, could be enough: each window costs a forward pass."""
+    """Whether dropping so many blocks, the dearest ones, could be enough."""
     saved: dict[int | None, float] = {}
     for home, row in zip(homes, table.costs, strict=True):
         saved[home] = saved.get(home, 0.0) + row[0] - row[-1]

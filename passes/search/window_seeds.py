@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ...ir.errors import PreconditionError
 from ...ir.program import Program
 from ..base import Context
 from .allocators.knapsack import knapsack
 from .allocators.table import LevelTable, State
 from .allocators.uniform import uniform
 from .levels import Place
-from .scores.window import best_window
+from .scores.window import best_windows
 from .units import removable_units
 
 
@@ -30,7 +29,7 @@ def window_seeds(
         places: its places; of one that can be dropped, the last level that drops is taken.
         table: their costs, and errors if there are any (without, the rest is shared evenly).
         limit: what the whole may cost.
-        ctx: calibration batches: one pass over them for every number of blocks.
+        ctx: calibration batches, run once.
 
     Returns:
         States by what they are; none where nothing can be dropped, or nothing cut.
@@ -46,12 +45,14 @@ def window_seeds(
     if not whole or not any(level.count for place in places for level in place.levels):
         return {}
     rest = knapsack if all(error is not None for row in table.errors for error in row) else uniform
+    savings = sorted(
+        sum(table.costs[i][0] - table.costs[i][level] for i, level in dropped[block].items()) for block in whole
+    )
+    # From so many blocks on, any window meets the limit alone.
+    enough = (n for n in range(1, len(blocks)) if table.cost(table.untouched) - sum(savings[:n]) <= limit)
+    lengths = range(1, next(enough, len(blocks) - 1) + 1)
     seeds: dict[str, State] = {}
-    for count in range(1, len(blocks)):
-        try:
-            window, _ = best_window(program, blocks, count, ctx)
-        except PreconditionError:
-            break
+    for count, (window, _) in best_windows(program, blocks, lengths, ctx).items():
         if not whole >= set(window):
             break
         gone = {i: level for block in window for i, level in dropped[block].items()}

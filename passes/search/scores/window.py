@@ -9,7 +9,7 @@ Source: Gromov et al. 2024 (arXiv 2403.17887), which drops one window of layers;
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ....ir.errors import PreconditionError
 from ....ir.program import Program
@@ -34,17 +34,32 @@ def best_window(program: Program, units: Sequence[Unit], k: int, ctx: Context) -
     Raises:
         PreconditionError: there are no ``k`` neighbours that can all be dropped.
     """
-    windows = [w for s in range(len(units) - k + 1) if k > 0 and _joined(w := units[s : s + k])]
-    if not windows:
+    found = best_windows(program, units, [k], ctx)
+    if k not in found:
         raise PreconditionError(
             f"there are no {k} neighbouring units that can all be dropped",
             expected=f"a number from 1 to {_longest(units)}",
         )
-    pairs = [(window[0].by, window[-1].replaced) for window in windows]
-    turned = stream_change(program, pairs, (), ctx, cosine, "windows")
-    scores = {window[0].index: 1.0 - value for window, value in zip(windows, turned, strict=True)}
-    best = min(windows, key=lambda window: scores[window[0].index])
-    return [unit.index for unit in best], scores
+    return found[k]
+
+
+def best_windows(
+    program: Program, units: Sequence[Unit], lengths: Iterable[int], ctx: Context
+) -> dict[int, tuple[list[int], dict[int, float]]]:
+    """The best window of each length, as `best_window`, all in one run per batch; none of a length that has none."""
+    windows = {k: [w for s in range(len(units) - k + 1) if k > 0 and _joined(w := units[s : s + k])] for k in lengths}
+    flat = [window for each in windows.values() for window in each]
+    if not flat:
+        return {}
+    pairs = [(window[0].by, window[-1].replaced) for window in flat]
+    turned = iter(stream_change(program, pairs, (), ctx, cosine, "windows"))
+    found: dict[int, tuple[list[int], dict[int, float]]] = {}
+    for k, each in windows.items():
+        scores = {window[0].index: 1.0 - next(turned) for window in each}
+        if each:
+            best = min(each, key=lambda window: scores[window[0].index])
+            found[k] = [unit.index for unit in best], scores
+    return found
 
 
 def _joined(window: Sequence[Unit]) -> bool:
