@@ -104,6 +104,12 @@ _ZEROS_BY_RIA = ours(
     models=_LANGUAGE,
     sparse=True,
 )
+_ZEROS_AT_ONCE = ours(
+    "RIA, corrected, equal shares",
+    "canonicalize,evopress{mode=sparsity method=ria-corrected target=$params levels=1 generations=0}",
+    models=_LANGUAGE,
+    sparse=True,
+)
 _CHANNELS = ours(
     "optimal compensation, least squares",
     "canonicalize,fold-batchnorm,compress{sites=channels target=$params score=optimal-compensation multiple=16}",
@@ -141,7 +147,8 @@ OURS: dict[str, tuple[Method, ...]] = {
         ),
         replace(_ZEROS, main=True),
         _ZEROS_BY_WANDA,
-        _ZEROS_BY_RIA,
+        replace(_ZEROS_BY_RIA, main=True),
+        replace(_ZEROS_AT_ONCE, levels=tuple(f"{share:.0%} of the neurons" for share in (0.1, 0.4))),
     ),
     "compress-heads": (
         ours("FLAP", "canonicalize,flap{sites=heads target=$params}", levels=(GROUPS,)),
@@ -154,7 +161,8 @@ OURS: dict[str, tuple[Method, ...]] = {
         ),
         ours("FLAP, query heads", "canonicalize,flap{sites=query-heads target=$params}", levels=(QUERIES,)),
         ours("measured levels, query heads", f"canonicalize,{_MEASURED.format('query-heads')}", levels=(QUERIES,)),
-        _ZEROS,
+        replace(_ZEROS, levels=(GROUPS,)),
+        replace(_ZEROS_AT_ONCE, levels=(QUERIES,)),
     ),
     "compress-combined": (
         _BRANCHES,
