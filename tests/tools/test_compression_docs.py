@@ -84,7 +84,7 @@ def test_pipelines_in_the_text_can_be_parsed() -> None:
 
 def _complete(text: str) -> str:
     """Passes that must be told how much to remove are told."""
-    needy = r"(compress|evopress)\{(?![^}]*ratio)"
+    needy = r"(compress|evopress)\{(?![^}]*(ratio|target))"
     return re.sub(needy, r"\1{ratio=0.1 ", text)
 
 
