@@ -88,7 +88,12 @@ def half(group: ChannelGroup) -> list[int]:
 
 
 def check_cut(
-    program: Program, group: ChannelGroup, feeds: Mapping[str, Any], keep: Sequence[int], tolerance: float = 1e-4
+    program: Program,
+    group: ChannelGroup,
+    feeds: Mapping[str, Any],
+    keep: Sequence[int],
+    tolerance: float = 1e-4,
+    level: int = 2,
 ) -> bool:
     """Cut, verify, run; compare with the masked graph where the group's algebra allows.
 
@@ -98,13 +103,14 @@ def check_cut(
         feeds: inputs by name.
         keep: the atoms that stay.
         tolerance: of `relative_error`.
+        level: how much of the cut program is verified, see `verify`.
 
     Returns:
         Whether there was a masked graph to compare with.
     """
     smaller = program.clone()
     cut(smaller, group, keep)
-    verify(smaller, 2)
+    verify(smaller, level)
     assert smaller.parameter_count < program.parameter_count
     actual = smaller.run(smaller.feeds(**feeds))
     if group.zeroable:
